@@ -1,0 +1,61 @@
+# Everything runs in .venv, which the first target that needs it makes from requirements.lock.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict
+CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_docs.py
+
+.PHONY: help demo test slow check lint format clean
+
+help:
+	@echo 'make demo    fine-tune the embedded tiny model on a CPU, and score it before and after'
+	@echo 'make test    the fast tests'
+	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed'
+	@echo 'make check   ruff, and the tests of what the scripts have in common: seconds'
+	@echo 'make lint    ruff alone; make format lets it rewrite'
+	@echo 'make clean   delete caches and unfinished output; out/ and .venv stay'
+
+demo: .venv/installed
+	$(BIN)/python finetune.py --overwrite
+	$(BIN)/python generate.py $(TINY)
+	$(BIN)/python generate.py $(TINY) --lora_weights out/finetune/adapter
+	@printf '\nwrote out/finetune:\n' && ls out/finetune
+	@printf '\nabove: the scores of the base model and of the fine-tuned one.'
+	@printf ' Next, with your own model and data:\n  $(BIN)/python finetune.py --help\n'
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+# DeepSpeed compiles its CPU operators at their first use: with the ninja of .venv, and under a lock file that a
+# killed run leaves behind, for which the next one would wait forever
+slow: export PATH := $(CURDIR)/$(BIN):$(PATH)
+slow: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+slow: .venv/installed-deepspeed
+	@mkdir -p $(TORCH_EXTENSIONS_DIR) && find $(TORCH_EXTENSIONS_DIR) -name lock -type f -print -delete
+	$(BIN)/python -m pytest -m slow
+
+check: lint
+	$(BIN)/python -m pytest -q $(CROSS)
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .pytest_cache .ruff_cache *.incomplete data/*.incomplete out/*.incomplete
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	"Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+.venv/installed-deepspeed: .venv/installed requirements-deepspeed.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -r requirements-deepspeed.txt
+	@touch $@

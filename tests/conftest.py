@@ -1,0 +1,8 @@
+"""Environment of the tests, set before anything is imported: no network, no windows, no run sent anywhere."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences the warning about forked data loaders
