@@ -28,6 +28,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import get_type_hints
 
@@ -46,8 +48,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, processors
 from torch.nn.attention.varlen import varlen_attn
@@ -119,6 +119,18 @@ def run_cli(fn):
         if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
             raise
         raise SystemExit(f"error: {error}") from None
+
+
+def quiet_libraries():
+    """Silence the libraries' own progress bars and notes, errors aside; call it before peft is imported.
+
+    bitsandbytes mentions on import that an optional CPU kernel is missing, and peft asks transformers for the old
+    name of activation checkpointing.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 
 def find_path(path):
@@ -821,6 +833,8 @@ def check_packed(model, vocab_size, device):
 
 def add_lora(model, targets, **config):
     """Wrap `model` in LoRA layers; `targets` ["all-linear"] are all linear layers but the output layer."""
+    from peft import LoraConfig, get_peft_model
+
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
     known = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
     unknown = [name for name in targets if name != "all-linear" and name.rpartition(".")[2] not in known]
@@ -1259,6 +1273,8 @@ def train(
         wandb_log_model: false, checkpoint or end.
     """
     flags = dict(locals())
+    quiet_libraries()
+
     # 1. check flags
     out, world_size = Path(output_dir), int(os.environ.get("WORLD_SIZE", 1))
     if data_path and dataset:
@@ -1346,8 +1362,6 @@ def train(
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not through nn.DataParallel
     main = args.process_index == 0
     say = functools.partial(print, flush=True) if main else lambda *args, **kwargs: None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     set_seed(seed)
 
     # 3. data: read, checked and tokenized by one process of each machine
@@ -1426,8 +1440,6 @@ def train(
     generation.eos_token_id, generation.pad_token_id = list(dict.fromkeys(stops)), tokenizer.pad_token_id
     if load_in_8bit or load_in_4bit or activation_checkpointing:
         model.enable_input_require_grads()  # a frozen embedding would cut checkpointed layers off the gradient
-    if packing:
-        make_packed(model, neftune_noise_alpha)
     set_seed(seed)
     model = add_lora(
         model,
@@ -1439,9 +1451,10 @@ def train(
         use_dora=use_dora,
     )
     trainable = [p for p in model.parameters() if p.requires_grad]
-    zero3 = transformers.integrations.is_deepspeed_zero3_enabled()
-    if packing and not zero3:  # under ZeRO-3 the weights are not whole yet
-        check_packed(model.to(args.device).get_base_model(), config.vocab_size, args.device)
+    if packing:
+        make_packed(model.get_base_model(), neftune_noise_alpha)
+        if not transformers.integrations.is_deepspeed_zero3_enabled():  # there the weights are not whole yet
+            check_packed(model.to(args.device).get_base_model(), config.vocab_size, args.device)
 
     # 5. trainer
     batches = MicroBatches(
@@ -1530,6 +1543,8 @@ def train(
         write_json(out / "run.json", run)
 
     # 7. train
+    from peft.helpers import disable_input_dtype_casting
+
     # under autocast PEFT's float32 copies of the adapters' inputs change nothing and cost time
     context = disable_input_dtype_casting(model) if args.bf16 else contextlib.nullcontext()
     try:

@@ -22,10 +22,12 @@ import difflib
 import functools
 import inspect
 import json
+import logging
 import math
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import get_type_hints
 
@@ -90,6 +92,18 @@ def run_cli(fn):
         if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
             raise
         raise SystemExit(f"error: {error}") from None
+
+
+def quiet_libraries():
+    """Silence the libraries' own progress bars and notes, errors aside; call it before peft is imported.
+
+    bitsandbytes mentions on import that an optional CPU kernel is missing, and peft asks transformers for the old
+    name of activation checkpointing.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 
 def find_path(path):
@@ -511,8 +525,7 @@ def generate(
         raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
     base, base_dtype = find_base(base_model), pick_dtype(dtype)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
 
     # 2. prompts
     carries = lora_weights and (Path(lora_weights) / "tokenizer_config.json").exists()
