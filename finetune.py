@@ -13,9 +13,9 @@ LoRA and QLoRA supervised fine-tuning of a causal language model on instruction 
     sharded  torchrun --nproc_per_node=8 finetune.py --deepspeed deepspeed/zero3.json --base_model ...
     no GPU   python finetune.py
 
-Prompt and response are tokenized once, as one text, and the loss falls on the response's tokens by their place in
-it. By default the examples of a micro-batch lie end to end in one row without padding, attend to themselves only,
-and the vocabulary is applied to labeled positions only, in chunks.
+A conversation is cut where its answers start and stop, and the loss falls on the tokens of the answers. By default
+the examples of a micro-batch lie end to end in one row without padding, attend to themselves only, and the
+vocabulary is applied to labeled positions only, in chunks.
 
 Shapes in comments: B sequences, N tokens of a packed row, T tokens, L labeled positions, D hidden, V vocabulary.
 """
@@ -39,6 +39,7 @@ import sys
 import time
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -49,7 +50,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, processors
 from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AutoModelForCausalLM,
@@ -62,6 +62,7 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # label of a token that carries no loss (the default of F.cross_entropy)
@@ -481,34 +482,31 @@ def mark_answers(conversations, tokenizer, end_text, add_eos_token):
     where the model is asked to go on when it serves. Where a template renders an earlier turn differently once a
     later one is there (Qwen3 drops old reasoning), each answer becomes a text of its own.
     """
-    asked, told, owner = [], [], []
-    for i, messages in enumerate(conversations):
-        for k, message in enumerate(messages):
-            if message["role"] == "assistant":
-                asked.append(messages[:k])
-                told.append(messages[: k + 1])
-                owner.append(i)
-    asked = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    told = tokenizer.apply_chat_template(told, tokenize=False)
-    turns = [[] for _ in conversations]
-    for i, prompt, text in zip(owner, asked, told, strict=True):
-        end = text.rfind(end_text, len(prompt)) if end_text else len(text)
-        if not text.startswith(prompt) or end < 0:
-            raise ValueError(
-                "--prompt_template: the template does not continue the prompt it asks with, so training and serving "
-                f"would differ: it asks with {prompt[-60:]!r} and tells {text[-120:]!r}"
-            )
-        stop = end + len(end_text)
-        turns[i].append((text[:stop], (len(prompt), stop if add_eos_token else end)))
+    template = _compile_jinja_template(tokenizer.chat_template)  # what apply_chat_template renders with, half its time
+    special = tokenizer.special_tokens_map
     texts, spans = [], []
-    for parts in turns:
+    for messages in conversations:
+        parts = []
+        for k, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = template.render(messages=messages[:k], add_generation_prompt=True, **special)
+            text = template.render(messages=messages[: k + 1], add_generation_prompt=False, **special)
+            end = text.rfind(end_text, len(prompt)) if end_text else len(text)
+            if not text.startswith(prompt) or end < 0:
+                raise ValueError(
+                    "--prompt_template: the template does not continue the prompt it asks with, so training and "
+                    f"serving would differ: it asks with {prompt[-60:]!r} and tells {text[-120:]!r}"
+                )
+            stop = end + len(end_text)
+            parts.append((text[:stop], (len(prompt), stop if add_eos_token else end)))
         last = parts[-1][0]
         if all(last.startswith(text) for text, _ in parts):
-            parts = [(last, [span for _, span in parts])]
+            texts.append(last)
+            spans.append([span for _, span in parts])
         else:
-            parts = [(text, [span]) for text, span in parts]
-        texts += [text for text, _ in parts]
-        spans += [span for _, span in parts]
+            texts += [text for text, _ in parts]
+            spans += [[span] for _, span in parts]
     return texts, spans
 
 
@@ -517,64 +515,74 @@ def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, 
 
     Returns (examples, counts). An example is (ids, learned), [T] int32 and [T] bool; counts says how many
     conversations there were, how many examples were cut at cutoff_len tokens or left out because nothing of their
-    answer was left, how many answers are empty, and how many merge with their prompt in this tokenizer.
+    answer was left, and how many answers are empty.
 
-    A text is tokenized whole and a token is learned if it starts in an answer. So the ids are those that a server
-    makes of the same conversation. Only where a token would reach from a prompt into its answer, which a server
-    that tokenizes the prompt alone cannot produce, the parts are tokenized one by one.
+    A text is cut where an answer starts and where it stops, and the parts are tokenized: the prompt as a server
+    tokenizes it, then what is generated after it. A tokenizer that puts a space before the first word of a text
+    (SentencePiece) would put one before each part, so with it the text is tokenized whole.
     """
     end_text, _ = check_template(tokenizer, add_eos_token)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = processors.Sequence([])  # ByteLevel's would trim spaces off the offsets
-    adds_prefix = backend.encode("a", add_special_tokens=False).tokens != ["a"]
-    examples, counts = [], dict.fromkeys("conversations examples cut left_out empty merged".split(), 0)
-    counts["conversations"] = len(conversations)
-    for at in range(0, len(conversations), chunk):
+    backend = tokenizer.backend_tokenizer
+    whole = backend.encode("a", add_special_tokens=False).tokens != ["a"]
+
+    def encode_chunk(at):
         texts, spans = mark_answers(conversations[at : at + chunk], tokenizer, end_text, add_eos_token)
-        for text, answers, encoding in zip(
-            texts, spans, backend.encode_batch(texts, add_special_tokens=False), strict=True
-        ):
-            ids = np.array(encoding.ids, np.int32)
-            learned = np.full(len(ids), train_on_inputs)
-            counts["empty"] += sum(text.startswith(end_text, start) for start, _ in answers if end_text)
-            for start, stop in answers:
-                if start == stop:
-                    continue
-                first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
-                if encoding.token_to_chars(first)[0] < start:
-                    ids, learned = encode_parts(text, answers, backend, train_on_inputs, adds_prefix)
-                    counts["merged"] += 1
-                    break
-                # the bytes of one character share its place: the last of them ends the answer
-                while last + 1 < len(ids) and encoding.token_to_chars(last + 1)[0] < stop:
-                    last += 1
-                learned[first : last + 1] = True
-            counts["cut"] += len(ids) > cutoff_len
-            ids, learned = ids[:cutoff_len], learned[:cutoff_len]
+        rows = tokenize_whole(texts, spans, backend) if whole else tokenize_parts(texts, spans, backend)
+        examples, cut = [], 0
+        empty = sum(text.startswith(end_text, start) for text, s in zip(texts, spans) for start, _ in s if end_text)
+        for ids, learned in rows:
+            cut += len(ids) > cutoff_len
+            ids, learned = np.array(ids[:cutoff_len], np.int32), np.array(learned[:cutoff_len])
             if learned[1:].any():  # nothing predicts the first token
-                examples.append((ids, learned))
-            else:
-                counts["left_out"] += 1
-    counts["examples"] = len(examples)
-    return examples, counts
+                examples.append((ids, learned | train_on_inputs))
+        left_out = len(texts) - len(examples)
+        return examples, {"examples": len(examples), "cut": cut, "left_out": left_out, "empty": empty}
+
+    with ThreadPoolExecutor(2) as pool:  # one thread renders while the other is in the tokenizer, without the GIL
+        chunks = list(pool.map(encode_chunk, range(0, len(conversations), chunk)))
+    counts = {name: sum(c[name] for _, c in chunks) for name in ("examples", "cut", "left_out", "empty")}
+    return [example for examples, _ in chunks for example in examples], {"conversations": len(conversations)} | counts
 
 
-def encode_parts(text, answers, backend, train_on_inputs, adds_prefix):
-    """Tokenize prompts and answers of a text one by one, for `encode`; returns ids [T], learned [T]."""
-    if adds_prefix:
-        start = answers[0][0]
-        raise ValueError(
-            f"--prompt_template: the prompt ends in {text[:start][-20:]!r}, which this tokenizer merges with the "
-            f"answer {text[start : start + 20]!r}; end the generation prompt with a newline or a special token"
-        )
-    ids, learned, at = [], [], 0
-    for start, stop in answers:
-        for part, value in ((text[at:start], train_on_inputs), (text[start:stop], True)):
-            part = backend.encode(part, add_special_tokens=False).ids
-            ids += part
-            learned += [value] * len(part)
-        at = stop
-    return np.array(ids, np.int32), np.array(learned)
+def tokenize_parts(texts, spans, backend):
+    """Return (ids, learned) lists of texts, each cut at the ends of its spans and tokenized part by part."""
+    parts, of = [], []
+    for text, answers in zip(texts, spans, strict=True):
+        at, before = 0, len(parts)
+        for start, stop in answers:
+            parts += [text[at:start], text[start:stop]]
+            at = stop
+        parts.append(text[at:])
+        of.append((before, len(parts)))
+    ids = [encoding.ids for encoding in backend.encode_batch_fast(parts, add_special_tokens=False)]
+    rows = []
+    for first, last in of:
+        row, learned = [], []
+        for i in range(first, last):
+            row += ids[i]
+            learned += [(i - first) % 2 == 1] * len(ids[i])
+        rows.append((row, learned))
+    return rows
+
+
+def tokenize_whole(texts, spans, backend):
+    """Return (ids, learned) lists of texts tokenized whole; a token is learned if it starts in a span.
+
+    A token that reaches from a prompt into its answer is refused: a server, which tokenizes the prompt alone, would
+    give the model other tokens.
+    """
+    rows = []
+    for text, answers, encoding in zip(texts, spans, backend.encode_batch(texts, add_special_tokens=False)):
+        places, learned = encoding.offsets, [False] * len(encoding.ids)
+        for i, (start, stop) in enumerate(places):
+            learned[i] = any(a <= start < b for a, b in answers)
+            if any(start < a < stop for a, _ in answers):
+                raise ValueError(
+                    f"--prompt_template: the generation prompt ends in {text[:stop][-20:]!r}, which this tokenizer "
+                    "merges with the answer; end the prompt with a newline or a special token"
+                )
+        rows.append((encoding.ids, learned))
+    return rows
 
 
 class Examples(torch.utils.data.Dataset):
@@ -1359,6 +1367,10 @@ def train(
         report_to=["wandb"] if wandb_project else [],
         run_name=wandb_run_name or None,
     )
+    if deepspeed:  # its own view of the ranks, which ZeRO-3 needs while the model is loaded
+        from deepspeed.comm import init_distributed
+
+        init_distributed(dist_backend="nccl" if on_gpu else "gloo")
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not through nn.DataParallel
     main = args.process_index == 0
     say = functools.partial(print, flush=True) if main else lambda *args, **kwargs: None
@@ -1518,7 +1530,6 @@ def train(
         "cut": f"cut at --cutoff_len {cutoff_len}",
         "left_out": f"left out: nothing of the answer fits into --cutoff_len {cutoff_len}",
         "empty": "answers are empty: only their end is learned",
-        "merged": "answers merge with their prompt in this tokenizer and were tokenized apart",
     }.items():
         if got[what] + counts["eval"][what]:
             say(f"  note        {got[what] + counts['eval'][what]:,} {words}")

@@ -97,9 +97,7 @@ def test_packed_forward_has_the_loss_and_gradients_of_padded_rows(llama, kind):
     if kind == "sliding window":
         config = {k: getattr(llama.config, k) for k in ("vocab_size", "hidden_size", "intermediate_size")}
         model = MistralForCausalLM(
-            MistralConfig(
-                **config, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=5
-            )
+            MistralConfig(**config, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=5)
         )
     rows = examples(3, 17, 9)
     expected = padded_loss(model, rows)
@@ -440,7 +438,10 @@ def test_interrupting_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         ({"cutoff_len": 20}, "no label is left in any of the 44 train rows.*--cutoff_len 20"),
         ({"lora_target_modules": ["q_proj", "qkv"]}, "the model has no qkv; its linear layers are .*q_proj"),
         ({"lora_target_modules": []}, "the model has no such name"),
-        ({"lora_target_modules": ["lm_head"]}, "packed rows need a plain linear output layer, this model's is Linear .*--nopacking"),
+        (
+            {"lora_target_modules": ["lm_head"]},
+            "packed rows need a plain linear output layer, this model's is Linear .*--nopacking",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
