@@ -839,6 +839,17 @@ def check_packed(model, vocab_size, device):
         )
 
 
+def default_learning_rate(config):
+    """Return the LoRA learning rate for a model: 5e-4 (2000 / hidden size)^p, p by family.
+
+    The fit of Schulman et al., "LoRA Without Regret" (Thinking Machines 2025), as in tinker-cookbook's
+    hyperparam_utils: p is 0.0775 for Qwen, 0.781 for Llama, and here for every other family. It was made with
+    lora_alpha 32 on models from 1B to 70B parameters.
+    """
+    exponent = 0.0775 if config.model_type.startswith("qwen") else 0.781
+    return 5e-4 * (2000 / config.hidden_size) ** exponent
+
+
 def add_lora(model, targets, **config):
     """Wrap `model` in LoRA layers; `targets` ["all-linear"] are all linear layers but the output layer."""
     from peft import LoraConfig, get_peft_model
@@ -1196,7 +1207,7 @@ def train(
     micro_batch_size: int = 4,
     num_epochs: float = 3.0,
     max_steps: int = 0,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 0.0,
     lr_scheduler_type: str = "cosine",
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
@@ -1251,7 +1262,7 @@ def train(
         micro_batch_size: examples that one device processes at a time; changes memory and speed, not the result.
         num_epochs: passes over the training rows.
         max_steps: stop after so many optimizer steps; 0 for --num_epochs.
-        learning_rate: peak, reached after the warmup.
+        learning_rate: peak, reached after the warmup; 0 for one that fits the model's family and hidden size.
         lr_scheduler_type: transformers' name of the schedule: cosine, linear, constant_with_warmup, ...
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         weight_decay: of AdamW, decoupled.
@@ -1288,7 +1299,7 @@ def train(
     if data_path and dataset:
         raise ValueError(f"--data_path {data_path} and --dataset {dataset}: give one of them")
     positive = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "lora_r": lora_r}
-    positive |= {"learning_rate": learning_rate, "save_steps": save_steps, "logging_steps": logging_steps}
+    positive |= {"save_steps": save_steps, "logging_steps": logging_steps}
     positive |= {"num_epochs": num_epochs, "cutoff_len": cutoff_len, "lora_alpha": lora_alpha}
     for name, value in positive.items():
         if not 0 < value < math.inf:
@@ -1296,7 +1307,7 @@ def train(
     not_negative = {"val_set_size": val_set_size, "max_samples": max_samples, "max_steps": max_steps}
     not_negative |= {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "warmup_ratio": warmup_ratio}
     not_negative |= {"neftune_noise_alpha": neftune_noise_alpha, "lora_dropout": lora_dropout, "seed": seed}
-    not_negative |= {"early_stopping_patience": early_stopping_patience}
+    not_negative |= {"early_stopping_patience": early_stopping_patience, "learning_rate": learning_rate}
     for name, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"--{name} must not be negative, got {value}")
@@ -1327,6 +1338,8 @@ def train(
             raise ValueError(f"--deepspeed {deepspeed}: the package is not installed: {how}")
     base, base_dtype, on_gpu = find_base(base_model), pick_dtype(dtype), torch.cuda.is_available()
     dtype = str(base_dtype).removeprefix("torch.")
+    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+    learning_rate = learning_rate or default_learning_rate(config)
     steps_of_data = {"num_train_epochs": num_epochs} if not max_steps else {"max_steps": max_steps}
 
     # 2. processes and seeds (before the model: DeepSpeed ZeRO-3 shards it while it is loaded)
@@ -1434,7 +1447,6 @@ def train(
     checkpoint = find_checkpoint(output_dir, resume_from_checkpoint, settings) if resume_from_checkpoint else None
 
     # 4. model
-    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
     if getattr(config, "max_position_embeddings", None) and cutoff_len > config.max_position_embeddings:
         limit = config.max_position_embeddings
         if max(train_set.lengths().max(), *eval_set.lengths(), 0) > limit:
@@ -1521,6 +1533,8 @@ def train(
     )
     epochs = f"{total_steps / steps_per_epoch:.3g} epochs x {steps_per_epoch:,}"
     say(f"  steps       {total_steps:,} = {epochs}    evaluated and saved every {args.save_steps}")
+    how = "" if flags["learning_rate"] else f", from the model's family and its hidden size {config.hidden_size}"
+    say(f"  rate        {learning_rate:.2e}{how}")
     say(f"  trainable   {num_trainable:,} of {num_all:,} parameters ({num_trainable / num_all:.2%})")
     say(
         f"  data        {got['examples']:,} examples, {lengths.sum():,} tokens, {int(train_set.learned.sum()):,} "

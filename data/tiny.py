@@ -282,7 +282,7 @@ def make_tiny(
     train_size: int = 2000,
     test_size: int = 512,
     vocab_size: int = 1024,
-    steps: int = 2500,
+    steps: int = 3000,
     batch_size: int = 24,
     context: int = 256,
     learning_rate: float = 3e-3,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 import finetune
@@ -828,9 +828,12 @@ def serve(tokenizer, messages, ask):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=True, return_dict=False)
 
 
-def assert_as_served(tokenizer, messages, **flags):
-    """Check that one example holds every answer of the conversation, each after the ids that a server asks with."""
-    examples, counts = encode([messages], tokenizer, **flags)
+def assert_as_served(tokenizer, messages, apart=False):
+    """Check that one example holds every answer of the conversation, each after the ids that a server asks with.
+
+    `apart` for an answer that would merge with its prompt if the text were tokenized whole.
+    """
+    examples, counts = encode([messages], tokenizer)
     assert len(examples) == 1 and counts["left_out"] == counts["cut"] == 0
     (ids, learned), answers = examples[0], [k for k, m in enumerate(messages) if m["role"] == "assistant"]
     assert ids.dtype == np.int32 and learned.dtype == bool and ids.shape == learned.shape
@@ -839,7 +842,7 @@ def assert_as_served(tokenizer, messages, **flags):
     for (start, stop), k in zip(runs(learned), answers, strict=True):
         assert ids[:start].tolist() == serve(tokenizer, messages[:k], ask=True)
         assert ids[stop - 1] == end and (ids[start:stop] == end).sum() == 1
-        if not counts["merged"]:  # and goes on as the template tells it
+        if not apart:  # and goes on as the template tells it
             assert ids[:stop].tolist() == serve(tokenizer, messages[: k + 1], ask=False)[:stop]
         said = tokenizer.decode(ids[start : stop - 1])
         assert said == messages[k]["content"] or "▁" in tokenizer.get_vocab() and " " + said == messages[k]["content"]
@@ -858,9 +861,9 @@ def test_training_sees_what_serving_sees(tokenizer, name):
     merges = isinstance(tokenizer, PreTrainedTokenizerFast) and not isinstance(tokenizer, LlamaTokenizer)
     for kind, answer in ANSWERS.items():
         for question in ("Add 12 and 30.", separator.join(["Add.", " 12 and 30 😀"]), "别", ""):
-            *_, counts = assert_as_served(tokenizer, talk(question, answer))
+            apart = merges and kind in ("newline", "newlines")
+            *_, counts = assert_as_served(tokenizer, talk(question, answer), apart)
             assert counts["empty"] == (kind == "empty")
-            assert counts["merged"] == (merges and kind in ("newline", "newlines"))
     several = [answer for kind, answer in ANSWERS.items() if not kind.startswith("newline")]
     turns = [turn for answer in several for turn in ("And now? ", answer)]
     assert_as_served(tokenizer, talk(*turns, system="Be brief.\n"))
@@ -876,9 +879,7 @@ def test_ids_and_labels_by_hand(letters, name, answer):
     asked, answered = spell(letters, prompt), spell(letters, answer + end)
     assert ids.tolist() == asked + answered
     assert learned.tolist() == [False] * len(asked) + [True] * len(answered)
-    assert counts == {
-        "conversations": 1, "examples": 1, "cut": 0, "left_out": 0, "empty": int(not answer), "merged": 0
-    }  # fmt: skip
+    assert counts == {"conversations": 1, "examples": 1, "cut": 0, "left_out": 0, "empty": int(not answer)}
 
 
 def only(result):
@@ -905,8 +906,6 @@ def test_learning_the_prompts_too(letters):
     for answer in ("a", "\na"):
         (ids, learned), _ = only(encode([talk("q", answer)], letters, train_on_inputs=True))
         assert len(ids) > 20 and learned.all()
-    (ids, learned), counts = only(encode([talk("a long question", "a")], letters, train_on_inputs=True, cutoff_len=5))
-    assert len(ids) == 5 and learned.all() and counts["cut"] == 1 and counts["left_out"] == 0
 
 
 def test_without_the_end_token(letters):
@@ -939,24 +938,25 @@ def test_an_answer_that_merges_with_its_prompt_is_tokenized_apart(letters):
     # together the three newlines would be ĊĊ Ċ; a server has asked with Ċ, and the answer is ĊĊ b
     assert ids.tolist() == prompt + [vocab["ĊĊ"], vocab["b"], 2]
     assert learned.tolist() == [False] * len(prompt) + [True] * 3
-    assert counts["merged"] == 1 and counts["examples"] == 2
+    assert counts["examples"] == 2
 
 
 @KNOWN("the answers before it were tokenized apart, which a server does not do to a history")
 def test_the_turn_after_an_answer_that_merges(letters):
     use_template(letters, "chatml")
     messages = talk("q", "\nb", "r", "c")
-    for ids, learned in encode([messages], letters)[0]:
-        start = runs(learned)[-1][0]
-        assert ids[:start].tolist() == serve(letters, messages[:1] if start < 40 else messages[:3], ask=True)
+    ids, learned = encode([messages], letters)[0][-1]
+    assert ids[: runs(learned)[-1][0]].tolist() == serve(letters, messages[:3], ask=True)
 
 
-@KNOWN("no token crosses the border, and yet GPT-2's split of the prompt depends on what follows it")
 def test_a_prompt_that_is_split_otherwise_before_an_answer():
+    """GPT-2 reads two newlines as one token at the end of a text and as two before a word: a server asks with one."""
     tokenizer = make_letters(split=None)
     tokenizer.chat_template = loop(TURN, "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}")
     tokenizer.chat_template = tokenizer.chat_template.replace("message.role + '\n'", "message.role + '\n\n'")
-    assert_as_served(tokenizer, talk("q", "a"))
+    assert_as_served(tokenizer, talk("q", "a"), apart=True)
+    ids, learned, _ = assert_as_served(tokenizer, talk("q", "\nab"), apart=True)
+    assert ids[learned].tolist() == spell(tokenizer, "\nab<|im_end|>")
 
 
 def test_a_generation_prompt_that_ends_in_a_space(llama, bpe):
@@ -964,10 +964,42 @@ def test_a_generation_prompt_that_ends_in_a_space(llama, bpe):
     ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     llama.chat_template = bpe.chat_template = loop(turn, ask)
     message = said(encode, [talk("q", "is the sum")], llama)
-    assert "'user: q</s>\\nassistant: '"[-15:] in message and "merges with the answer 'is the sum</s>'" in message
+    assert "ends in" in message and "which this tokenizer merges with the answer" in message
     (ids, learned), counts = only(encode([talk("q", "is the sum")], bpe))
-    assert counts["merged"] == 1 and bpe.decode(ids[learned]) == "is the sum<|endoftext|>"
+    assert counts["examples"] == 1 and bpe.decode(ids[learned]) == "is the sum<|endoftext|>"
     assert ids[: runs(learned)[0][0]].tolist() == serve(bpe, talk("q"), ask=True)
+
+
+@KNOWN("the message shows the text up to the end of the token, with the start of the answer")
+def test_the_message_shows_where_the_generation_prompt_ends(llama):
+    ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    llama.chat_template = loop("{{ message.role + ': ' + message.content + eos_token + '\n' }}", ask)
+    assert "assistant: ', which" in said(encode, [talk("q", "is the sum")], llama)
+
+
+@KNOWN("ByteLevel's post-processor trims the space off the offsets, so the token that crosses is not seen")
+def test_a_generation_prompt_that_ends_in_a_space_before_a_tokenizer_that_adds_one():
+    tokenizer = make_letters(merges=(("Ġ", "a"),))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    tokenizer.chat_template = loop("{{ message.role + ': ' + message.content + eos_token }}", ask)
+    assert "which this tokenizer merges with the answer" in said(encode, [talk("q", "a")], tokenizer)
+
+
+@KNOWN("tools and documents are undefined, where apply_chat_template says None")
+def test_templates_that_ask_whether_tools_are_none(letters):
+    letters.chat_template = "{% if tools is not none or documents is not none %}tools{% endif %}" + loop(TURN)
+    assert_as_served(letters, talk("q", "a"))
+
+
+@KNOWN("without a token between them, an answer and the next question are one text to a server")
+def test_several_turns_without_an_end_token(letters):
+    ask = "{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
+    letters.chat_template = loop("{{ '\n' + message.role + ':' + message.content }}", ask)
+    messages = talk("q", "a\n", "r", "b")
+    ids, learned = encode([messages], letters, add_eos_token=False)[0][-1]
+    assert ids[: runs(learned)[-1][0]].tolist() == serve(letters, messages[:3], ask=True)
 
 
 def test_templates_that_do_not_continue_their_prompt_are_refused(letters):
@@ -985,7 +1017,7 @@ def test_cutoff(letters, train_on_inputs):
     for room, cut, learned_tokens in [(4, 0, 4), (3, 1, 3), (1, 1, 1), (0, 1, 0), (-1, 1, 0)]:
         examples, counts = encode([talk("q", "abc")], letters, train_on_inputs, cutoff_len=prompt + room)
         assert counts["cut"] == cut and counts["conversations"] == 1
-        if learned_tokens or train_on_inputs:
+        if learned_tokens:  # an example of a prompt alone is left out, even if prompts are learned
             ((ids, learned),) = examples
             assert len(ids) == prompt + room and counts["left_out"] == 0 and counts["examples"] == 1
             assert learned[prompt:].sum() == learned_tokens and learned[:prompt].all() == train_on_inputs
@@ -1044,7 +1076,6 @@ def test_words_that_look_like_special_tokens(letters):
     assert letters.decode(ids[start:]) == "it is <|im_end|> there<|im_end|>"
 
 
-@KNOWN("padding and truncation stored in tokenizer.json stay switched on in the copy of the backend")
 def test_settings_in_tokenizer_json_do_not_pad_or_truncate(tmp_path):
     tokenizer = make_letters()
     tokenizer.backend_tokenizer.enable_padding(pad_id=0, pad_token=SPECIAL[0])
@@ -1056,7 +1087,6 @@ def test_settings_in_tokenizer_json_do_not_pad_or_truncate(tmp_path):
     assert [len(ids) for ids, _ in examples] == [22, 81] and counts["cut"] == 0
 
 
-@KNOWN("a place to which no token belongs: TypeError")
 @pytest.mark.parametrize(
     "normalizer, answer, flags",
     [
@@ -1241,5 +1271,5 @@ def test_pad_by_hand():
 @KNOWN("a share that rounds to no row leaves the Trainer with an evaluation but no data: its own traceback")
 def test_a_share_that_rounds_to_no_row_trains_without_validation(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
-    result = finetune.train(data_path=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "out"), max_steps=1)
+    result = finetune.train(data_path=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "out"), max_steps=3)
     assert result["run"]["status"] == "finished"

@@ -179,6 +179,16 @@ def test_check_packed_refuses_a_model_that_packing_would_change(llama):
         finetune.check_packed(llama, 101, "cpu")
 
 
+@pytest.mark.parametrize(
+    "model_type, hidden, rate",
+    # tinker-cookbook's figures: Llama-3.2-1B, Llama-3.1-8B, Qwen3-8B
+    [("llama", 2048, 4.908e-4), ("llama", 4096, 2.857e-4), ("qwen3", 4096, 4.730e-4)],
+)
+def test_default_learning_rate_is_the_published_fit(model_type, hidden, rate):
+    config = type("Config", (), {"model_type": model_type, "hidden_size": hidden})
+    assert finetune.default_learning_rate(config) == pytest.approx(rate, rel=1e-3)
+
+
 # -----------------------------------------------------------------------------
 # the whole script
 
@@ -422,8 +432,8 @@ def test_interrupting_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         ({"batch_size": 10}, r"--batch_size 10 must be a multiple of 4 = --micro_batch_size 4 x 1 ranks.*8 or 12"),
         ({"batch_size": 2}, r"--batch_size 2 must be a multiple of 4.*Nearest that fit: 4$"),
         ({"dataset": "tiny"}, "--data_path data/tiny/test.jsonl and --dataset tiny: give one of them"),
-        ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
-        ({"learning_rate": math.nan}, "--learning_rate must be above 0"),
+        ({"learning_rate": -1.0}, "--learning_rate must not be negative"),
+        ({"learning_rate": math.nan}, "--learning_rate must not be negative"),
         ({"lora_dropout": 1.5}, "--lora_dropout 1.5 must be below 1"),
         ({"early_stopping_patience": 2, "val_set_size": 0}, "needs a validation set"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
