@@ -149,18 +149,20 @@ def write_json(path, value):
 def locate(path, index):
     """Return "FILE, line N" of row `index` in a data file (for parquet: "FILE, row N"), for an error message."""
     if path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         number = [n for n, line in enumerate(lines, 1) if line.strip()][index]
     elif path.suffix == ".json":
-        text, decode = path.read_text(encoding="utf-8"), json.JSONDecoder().raw_decode
+        text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
         at = re.compile(r"\s*\[?\s*").match(text).end()
         for _ in range(index):
             at = re.compile(r"[\s,]*").match(text, decode(text, at)[1]).end()
         number = text.count("\n", 0, at) + 1
     elif path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            number = [reader.line_num for _ in reader][index]
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            ends = [(reader.line_num, bool(row)) for row in reader]  # DictReader skips empty lines
+            starts = [before + 1 for (before, _), (_, filled) in zip(ends, ends[1:]) if filled]
+            number = starts[index]
     else:
         return f"{path}, row {index + 1}"
     return f"{path}, line {number}"
@@ -173,16 +175,20 @@ def read_file(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            try:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except pyarrow.ArrowInvalid as error:
+                raise OSError(error) from None
         elif path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
+            csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # noqa: B007
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # noqa: B007
                 if line.strip():
                     rows.append(json.loads(line))
         else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
             rows = rows if isinstance(rows, list) else [rows]
     except json.JSONDecodeError as error:
         number = number if path.suffix == ".jsonl" else error.lineno
@@ -217,8 +223,10 @@ def read_rows(source, split="train", subset=None):
         return rows, lambda i: f"{source} ({split}), row {i + 1}"
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        files = [file for file in files if file.stem.split("-")[0] == split] or files
+        files = [(file, file.relative_to(path)) for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES]
+        files = [(file, name) for file, name in files if not any(part.startswith(".") for part in name.parts)]
+        named = [file for file, name in files if split in re.split(r"[-_./]", str(name.with_suffix("")))]
+        files = named or [file for file, _ in files]
     if not files or files[0].suffix not in SUFFIXES:
         raise ValueError(f"{source}: not a data file; one of {', '.join(SUFFIXES)}, or a folder of them")
     tables = [read_file(file) for file in files]
@@ -244,7 +252,7 @@ def detect_form(row):
     """Return how to read a row like `row`: {"formatting", "columns", "tags"} as in dataset_info.json."""
     turns = next((name for name in ("messages", "conversations") if name in row), None)
     if turns:
-        openai = isinstance(row[turns], list) and row[turns] and "role" in row[turns][0]
+        openai = isinstance(row[turns], list) and any(isinstance(turn, dict) and "role" in turn for turn in row[turns])
         columns = {"messages": turns, "system": "system"}
         return {"formatting": "sharegpt", "columns": columns, "tags": OPENAI_TAGS if openai else SHAREGPT_TAGS}
     if "instruction" in row:
@@ -267,6 +275,8 @@ def text_field(row, name, required=True):
     if not isinstance(value, str):
         found = f"it is {value!r:.60}" if name in row else f"the row has {', '.join(map(repr, row))}"
         raise ValueError(f"no text in field {name!r}: {found}")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which is no character: {ascii(value):.60}")
     return value
 
 
@@ -278,6 +288,11 @@ def to_messages(row, form, separator="\n", need_response=True):
     """
     columns, messages = form.get("columns", {}), []
     if form["formatting"] == "verl":
+        turns, extra = row["prompt"], row["extra_info"]
+        if not isinstance(turns, list) or not all(isinstance(m, dict) and type(m.get("role")) is str for m in turns):
+            raise ValueError(f"field 'prompt' must list messages with role and content, got {turns!r:.60}")
+        if not isinstance(extra, dict):
+            raise ValueError(f"field 'extra_info' must be an object, got {extra!r:.60}")
         messages = [{"role": m["role"], "content": text_field(m, "content")} for m in row["prompt"]]
         if need_response:
             messages.append({"role": "assistant", "content": text_field(row["extra_info"], "answer")})
@@ -286,7 +301,8 @@ def to_messages(row, form, separator="\n", need_response=True):
     if system:
         messages.append({"role": "system", "content": system})
     if form["formatting"] == "alpaca":
-        for turn in row.get(columns.get("history")) or []:
+        history = row.get(columns.get("history")) or []
+        for turn in history if isinstance(history, list) else [history]:
             if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
                 raise ValueError(f"field {columns['history']!r} must list pairs [question, answer], got {turn!r:.60}")
             messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -302,11 +318,16 @@ def to_messages(row, form, separator="\n", need_response=True):
         raise ValueError(f"no list of messages in field {name!r}; the row has {', '.join(map(repr, row))}")
     for turn in row[name]:
         role = turn.get(tags["role_tag"]) if isinstance(turn, dict) else None
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise ValueError(f"a message's {tags['role_tag']!r} must be one of {', '.join(roles)}, got {role!r}")
-        messages.append({"role": roles[role], "content": text_field(turn, tags["content_tag"])})
+        message = {"role": roles[role], "content": text_field(turn, tags["content_tag"])}
+        if message["role"] == "system" and len(messages) == 1 and messages[0]["role"] == "system":
+            messages.pop()  # a conversation's own system message goes before the column's, as in LLaMA-Factory
+        messages.append(message)
     while messages and not need_response and messages[-1]["role"] == "assistant":
         messages.pop()
+    if next((m["role"] for m in messages if m["role"] != "system"), None) == "assistant":
+        raise ValueError("the conversation begins with an answer: its first message must be the user's")
     if not messages or need_response and messages[-1]["role"] != "assistant":
         raise ValueError("the conversation has no answer to learn: its last message must be the assistant's")
     return messages
@@ -317,7 +338,7 @@ def use_template(tokenizer, name):
 
     Returns what was taken, in words, and what the template puts between an instruction and its input.
     """
-    folder = HERE / "templates"
+    folder, own = HERE / "templates", bool(tokenizer.chat_template)
     if name or not tokenizer.chat_template:
         path = Path(name) if name.endswith(".jinja") else folder / f"{name or 'alpaca'}.jinja"
         if not path.exists():
@@ -327,7 +348,7 @@ def use_template(tokenizer, name):
     elif not isinstance(tokenizer.chat_template, str):
         raise ValueError("the tokenizer has several chat templates: choose one of templates/ with --prompt_template")
     found = re.search(r'set input_separator = ("(?:[^"\\]|\\.)*")', tokenizer.chat_template)
-    taken = name or ("the tokenizer's own" if not found else "alpaca")
+    taken = name or ("the tokenizer's own" if own else "alpaca")
     return taken, json.loads(found[1]) if found else "\n"
 
 
@@ -336,7 +357,7 @@ def end_of_turn(tokenizer):
     turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
     tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    found = [(tail.find(text), text) for text in special if text and text in tail]
+    found = [(tail.find(text), text) for text in special if text.strip() and text in tail]
     return (min(found)[1], special[min(found)[1]]) if found else ("", None)
 
 
@@ -399,6 +420,8 @@ def find_dataset(name, dataset_dir):
     if entry.get("ranking"):
         raise ValueError(f"--dataset {name}: holds preference pairs (ranking), which supervised fine-tuning cannot use")
     source = entry.get("hf_hub_url")
+    if source and entry.get("folder"):
+        raise ValueError(f"--dataset {name}: {path} names the folder {entry['folder']!r} of {source}: give file_name")
     if not source and "file_name" in entry:
         source = str(path.parent / entry["file_name"])
         if not Path(source).exists():
@@ -483,15 +506,19 @@ def mark_answers(conversations, tokenizer, end_text, add_eos_token):
     later one is there (Qwen3 drops old reasoning), each answer becomes a text of its own.
     """
     template = _compile_jinja_template(tokenizer.chat_template)  # what apply_chat_template renders with, half its time
-    special = tokenizer.special_tokens_map
+    special = tokenizer.special_tokens_map | {"tools": None, "documents": None}
     texts, spans = [], []
     for messages in conversations:
         parts = []
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = template.render(messages=messages[:k], add_generation_prompt=True, **special)
-            text = template.render(messages=messages[: k + 1], add_generation_prompt=False, **special)
+            try:
+                prompt = template.render(messages=messages[:k], add_generation_prompt=True, **special)
+                text = template.render(messages=messages[: k + 1], add_generation_prompt=False, **special)
+            except Exception as error:  # jinja2 has its own kinds, and a template can raise
+                shown = f"{messages[: k + 1]!r:.200}"
+                raise ValueError(f"--prompt_template: the chat template cannot render {shown}: {error}") from error
             end = text.rfind(end_text, len(prompt)) if end_text else len(text)
             if not text.startswith(prompt) or end < 0:
                 raise ValueError(
@@ -521,7 +548,7 @@ def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, 
     tokenizes it, then what is generated after it. A tokenizer that puts a space before the first word of a text
     (SentencePiece) would put one before each part, so with it the text is tokenized whole.
     """
-    end_text, _ = check_template(tokenizer, add_eos_token)
+    end_text, end_id = check_template(tokenizer, add_eos_token)
     backend = tokenizer.backend_tokenizer
     whole = backend.encode("a", add_special_tokens=False).tokens != ["a"]
 
@@ -534,8 +561,10 @@ def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, 
             cut += len(ids) > cutoff_len
             ids, learned = np.array(ids[:cutoff_len], np.int32), np.array(learned[:cutoff_len])
             if learned[1:].any():  # nothing predicts the first token
-                examples.append((ids, learned | train_on_inputs))
-        left_out = len(texts) - len(examples)
+                if train_on_inputs:
+                    learned = np.full(len(ids), True) if add_eos_token else ids != end_id
+                examples.append((ids, learned))
+        left_out = len(rows) - len(examples)
         return examples, {"examples": len(examples), "cut": cut, "left_out": left_out, "empty": empty}
 
     with ThreadPoolExecutor(2) as pool:  # one thread renders while the other is in the tokenizer, without the GIL
@@ -545,43 +574,54 @@ def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, 
 
 
 def tokenize_parts(texts, spans, backend):
-    """Return (ids, learned) lists of texts, each cut at the ends of its spans and tokenized part by part."""
-    parts, of = [], []
+    """Return (ids, learned) lists of texts, each prompt tokenized as a server does and its answer by itself.
+
+    Where a later prompt does not begin with the tokens that came before it (its history holds an answer that merges
+    with what stands before or after it), that turn becomes an example of its own.
+    """
+    parts = []
     for text, answers in zip(texts, spans, strict=True):
-        at, before = 0, len(parts)
         for start, stop in answers:
-            parts += [text[at:start], text[start:stop]]
-            at = stop
-        parts.append(text[at:])
-        of.append((before, len(parts)))
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(parts, add_special_tokens=False)]
+            parts += [text[:start], text[start:stop]]
+        parts.append(text[answers[-1][1] :])
+    ids = iter([encoding.ids for encoding in backend.encode_batch_fast(parts, add_special_tokens=False)])
     rows = []
-    for first, last in of:
-        row, learned = [], []
-        for i in range(first, last):
-            row += ids[i]
-            learned += [(i - first) % 2 == 1] * len(ids[i])
-        rows.append((row, learned))
+    for answers in spans:
+        examples = []
+        for _ in answers:
+            prompt, answer = next(ids), next(ids)
+            row, learned = examples[-1] if examples else ([], [])
+            if examples and prompt[: len(row)] == row:
+                examples.pop()
+            else:
+                row, learned = [], []
+            learned = learned + [False] * (len(prompt) - len(row)) + [True] * len(answer)
+            examples.append((prompt + answer, learned))
+        tail = next(ids)  # an end token that is not learned
+        examples[-1] = (examples[-1][0] + tail, examples[-1][1] + [False] * len(tail))
+        rows += examples
     return rows
 
 
 def tokenize_whole(texts, spans, backend):
-    """Return (ids, learned) lists of texts tokenized whole; a token is learned if it starts in a span.
+    """Return (ids, learned) lists of texts tokenized whole; a token is learned if it starts in an answer.
 
-    A token that reaches from a prompt into its answer is refused: a server, which tokenizes the prompt alone, would
-    give the model other tokens.
+    An answer that merges with its prompt is refused: a server, which tokenizes the prompt alone, would give the
+    model other tokens.
     """
     rows = []
     for text, answers, encoding in zip(texts, spans, backend.encode_batch(texts, add_special_tokens=False)):
-        places, learned = encoding.offsets, [False] * len(encoding.ids)
-        for i, (start, stop) in enumerate(places):
-            learned[i] = any(a <= start < b for a, b in answers)
-            if any(start < a < stop for a, _ in answers):
+        ids = encoding.ids
+        learned = [any(a <= start < b for a, b in answers) for start, _ in encoding.offsets]
+        for start, _ in answers:
+            asked = backend.encode(text[:start], add_special_tokens=False).ids
+            if ids[: len(asked)] != asked:
                 raise ValueError(
-                    f"--prompt_template: the generation prompt ends in {text[:stop][-20:]!r}, which this tokenizer "
-                    "merges with the answer; end the prompt with a newline or a special token"
+                    f"--prompt_template: the generation prompt ends in {text[:start][-20:]!r}, which this tokenizer "
+                    f"merges with the answer {text[start : start + 40]!r}: end the prompt with a newline or a special "
+                    "token, or take the white space off that answer"
                 )
-        rows.append((encoding.ids, learned))
+        rows.append((ids, learned))
     return rows
 
 
@@ -1130,7 +1170,8 @@ def write_adapter(checkpoint, adapter, num_tensors):
     if len(names) != num_tensors or len(zero) == len(lora_b):
         raise ValueError(
             f"{checkpoint}: the saved adapter has {len(names)} tensors where {num_tensors} were trained, and "
-            f"{len(zero)} of {len(lora_b)} LoRA B matrices are all zero: nothing was learned"
+            f"{len(zero)} of {len(lora_b)} LoRA B matrices are all zero: nothing was learned (in the first step of a "
+            "warmup the learning rate is 0: --warmup_ratio 0)"
         )
     shutil.rmtree(adapter, ignore_errors=True)
     partial.rename(adapter)
@@ -1445,6 +1486,9 @@ def train(
         "lora_target_modules": list(lora_target_modules),
     }
     checkpoint = find_checkpoint(output_dir, resume_from_checkpoint, settings) if resume_from_checkpoint else None
+
+    if not len(eval_set):  # a share of very few rows
+        args.eval_strategy, args.metric_for_best_model = "no", None
 
     # 4. model
     if getattr(config, "max_position_embeddings", None) and cutoff_len > config.max_position_embeddings:

@@ -121,18 +121,20 @@ def write_json(path, value):
 def locate(path, index):
     """Return "FILE, line N" of row `index` in a data file (for parquet: "FILE, row N"), for an error message."""
     if path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         number = [n for n, line in enumerate(lines, 1) if line.strip()][index]
     elif path.suffix == ".json":
-        text, decode = path.read_text(encoding="utf-8"), json.JSONDecoder().raw_decode
+        text, decode = path.read_text(encoding="utf-8-sig"), json.JSONDecoder().raw_decode
         at = re.compile(r"\s*\[?\s*").match(text).end()
         for _ in range(index):
             at = re.compile(r"[\s,]*").match(text, decode(text, at)[1]).end()
         number = text.count("\n", 0, at) + 1
     elif path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            number = [reader.line_num for _ in reader][index]
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            ends = [(reader.line_num, bool(row)) for row in reader]  # DictReader skips empty lines
+            starts = [before + 1 for (before, _), (_, filled) in zip(ends, ends[1:]) if filled]
+            number = starts[index]
     else:
         return f"{path}, row {index + 1}"
     return f"{path}, line {number}"
@@ -145,16 +147,20 @@ def read_file(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            try:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except pyarrow.ArrowInvalid as error:
+                raise OSError(error) from None
         elif path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
+            csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # noqa: B007
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # noqa: B007
                 if line.strip():
                     rows.append(json.loads(line))
         else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
             rows = rows if isinstance(rows, list) else [rows]
     except json.JSONDecodeError as error:
         number = number if path.suffix == ".jsonl" else error.lineno
@@ -189,8 +195,10 @@ def read_rows(source, split="train", subset=None):
         return rows, lambda i: f"{source} ({split}), row {i + 1}"
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        files = [file for file in files if file.stem.split("-")[0] == split] or files
+        files = [(file, file.relative_to(path)) for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES]
+        files = [(file, name) for file, name in files if not any(part.startswith(".") for part in name.parts)]
+        named = [file for file, name in files if split in re.split(r"[-_./]", str(name.with_suffix("")))]
+        files = named or [file for file, _ in files]
     if not files or files[0].suffix not in SUFFIXES:
         raise ValueError(f"{source}: not a data file; one of {', '.join(SUFFIXES)}, or a folder of them")
     tables = [read_file(file) for file in files]
@@ -216,7 +224,7 @@ def detect_form(row):
     """Return how to read a row like `row`: {"formatting", "columns", "tags"} as in dataset_info.json."""
     turns = next((name for name in ("messages", "conversations") if name in row), None)
     if turns:
-        openai = isinstance(row[turns], list) and row[turns] and "role" in row[turns][0]
+        openai = isinstance(row[turns], list) and any(isinstance(turn, dict) and "role" in turn for turn in row[turns])
         columns = {"messages": turns, "system": "system"}
         return {"formatting": "sharegpt", "columns": columns, "tags": OPENAI_TAGS if openai else SHAREGPT_TAGS}
     if "instruction" in row:
@@ -239,6 +247,8 @@ def text_field(row, name, required=True):
     if not isinstance(value, str):
         found = f"it is {value!r:.60}" if name in row else f"the row has {', '.join(map(repr, row))}"
         raise ValueError(f"no text in field {name!r}: {found}")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which is no character: {ascii(value):.60}")
     return value
 
 
@@ -250,6 +260,11 @@ def to_messages(row, form, separator="\n", need_response=True):
     """
     columns, messages = form.get("columns", {}), []
     if form["formatting"] == "verl":
+        turns, extra = row["prompt"], row["extra_info"]
+        if not isinstance(turns, list) or not all(isinstance(m, dict) and type(m.get("role")) is str for m in turns):
+            raise ValueError(f"field 'prompt' must list messages with role and content, got {turns!r:.60}")
+        if not isinstance(extra, dict):
+            raise ValueError(f"field 'extra_info' must be an object, got {extra!r:.60}")
         messages = [{"role": m["role"], "content": text_field(m, "content")} for m in row["prompt"]]
         if need_response:
             messages.append({"role": "assistant", "content": text_field(row["extra_info"], "answer")})
@@ -258,7 +273,8 @@ def to_messages(row, form, separator="\n", need_response=True):
     if system:
         messages.append({"role": "system", "content": system})
     if form["formatting"] == "alpaca":
-        for turn in row.get(columns.get("history")) or []:
+        history = row.get(columns.get("history")) or []
+        for turn in history if isinstance(history, list) else [history]:
             if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
                 raise ValueError(f"field {columns['history']!r} must list pairs [question, answer], got {turn!r:.60}")
             messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -274,11 +290,16 @@ def to_messages(row, form, separator="\n", need_response=True):
         raise ValueError(f"no list of messages in field {name!r}; the row has {', '.join(map(repr, row))}")
     for turn in row[name]:
         role = turn.get(tags["role_tag"]) if isinstance(turn, dict) else None
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise ValueError(f"a message's {tags['role_tag']!r} must be one of {', '.join(roles)}, got {role!r}")
-        messages.append({"role": roles[role], "content": text_field(turn, tags["content_tag"])})
+        message = {"role": roles[role], "content": text_field(turn, tags["content_tag"])}
+        if message["role"] == "system" and len(messages) == 1 and messages[0]["role"] == "system":
+            messages.pop()  # a conversation's own system message goes before the column's, as in LLaMA-Factory
+        messages.append(message)
     while messages and not need_response and messages[-1]["role"] == "assistant":
         messages.pop()
+    if next((m["role"] for m in messages if m["role"] != "system"), None) == "assistant":
+        raise ValueError("the conversation begins with an answer: its first message must be the user's")
     if not messages or need_response and messages[-1]["role"] != "assistant":
         raise ValueError("the conversation has no answer to learn: its last message must be the assistant's")
     return messages
@@ -289,7 +310,7 @@ def use_template(tokenizer, name):
 
     Returns what was taken, in words, and what the template puts between an instruction and its input.
     """
-    folder = HERE / "templates"
+    folder, own = HERE / "templates", bool(tokenizer.chat_template)
     if name or not tokenizer.chat_template:
         path = Path(name) if name.endswith(".jinja") else folder / f"{name or 'alpaca'}.jinja"
         if not path.exists():
@@ -299,7 +320,7 @@ def use_template(tokenizer, name):
     elif not isinstance(tokenizer.chat_template, str):
         raise ValueError("the tokenizer has several chat templates: choose one of templates/ with --prompt_template")
     found = re.search(r'set input_separator = ("(?:[^"\\]|\\.)*")', tokenizer.chat_template)
-    taken = name or ("the tokenizer's own" if not found else "alpaca")
+    taken = name or ("the tokenizer's own" if own else "alpaca")
     return taken, json.loads(found[1]) if found else "\n"
 
 
@@ -308,7 +329,7 @@ def end_of_turn(tokenizer):
     turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
     tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    found = [(tail.find(text), text) for text in special if text and text in tail]
+    found = [(tail.find(text), text) for text in special if text.strip() and text in tail]
     return (min(found)[1], special[min(found)[1]]) if found else ("", None)
 
 

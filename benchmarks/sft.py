@@ -267,7 +267,7 @@ def peak_memory(device):
     return lambda: resident("VmHWM") - before
 
 
-def benchmark(
+def compare_training(
     *,
     measure: str = "speed",
     hidden: int = 256,
@@ -342,4 +342,4 @@ def benchmark(
 
 
 if __name__ == "__main__":
-    run_cli(benchmark)
+    run_cli(compare_training)

@@ -21,6 +21,7 @@ from typing import get_type_hints
 
 import fire
 import numpy as np
+from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +149,7 @@ def batched(path, tokenizer, cutoff_len):
     return finetune.encode(rows, tokenizer, cutoff_len=cutoff_len)[0]
 
 
-def benchmark(*, rows: int = 50000, cutoff_len: int = 1024, tokenizer: str = "data/tiny/model", seed: int = 0):
+def compare_tokenizing(*, rows: int = 50000, cutoff_len: int = 1024, tokenizer: str = "data/tiny/model", seed: int = 0):
     """Tokenize the same rows both ways, from the file to ids and labels, and print the ratio.
 
     Args:
@@ -158,6 +159,7 @@ def benchmark(*, rows: int = 50000, cutoff_len: int = 1024, tokenizer: str = "da
         seed: of the rows.
     """
     finetune.quiet_libraries()
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, rows, seed)
@@ -179,4 +181,4 @@ def benchmark(*, rows: int = 50000, cutoff_len: int = 1024, tokenizer: str = "da
 
 
 if __name__ == "__main__":
-    run_cli(benchmark)
+    run_cli(compare_tokenizing)

@@ -5,7 +5,6 @@ finetune.py, from a data file to a batch: rows, dataset_info.json, templates, to
 
 Expected values are written out by hand, on a tokenizer whose tokens are single bytes. The property that matters is
 tested on trained tokenizers as well: the ids before an answer are what a server computes for the same conversation.
-Tests marked KNOWN show faults that are not repaired yet; they fail once the fault is gone, so that the mark goes too.
 """
 
 import json
@@ -66,10 +65,6 @@ ANSWERS = {  # starts and ends that are hard to place
     "header": "### Response:\nnot the end",
 }
 TEMPLATES = ("alpaca", "alpaca_short", "vigogne", "chatml")
-
-
-def KNOWN(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def talk(*turns, system=None):
@@ -234,7 +229,6 @@ def test_hub_rows_and_hub_errors(monkeypatch):
     assert said(read_rows, "owner/gone").endswith("and the hub could not give it: 404")
 
 
-@KNOWN("a byte order mark, as Windows programs write it")
 @pytest.mark.parametrize(
     "name, text",
     [
@@ -247,31 +241,26 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, name, text):
     assert load(write(tmp_path / name, b"\xef\xbb\xbf" + text.encode())) == [talk("q", "a")]
 
 
-@KNOWN("csv refuses fields above 131,072 characters")
 def test_csv_fields_may_be_long(tmp_path):
     assert load(write(tmp_path / "a.csv", "question,answer\nq," + "a" * 140_000 + "\n")) == [talk("q", "a" * 140_000)]
 
 
-@KNOWN("the line after the row's last is named, not its first")
 def test_a_csv_row_is_named_by_its_first_line(tmp_path):
     path = write(tmp_path / "a.csv", 'question,answer,more\nq,a,\n"q\n1\n2"\n')
     assert said(load, path).startswith(f"{path}, line 3: ")
 
 
-@KNOWN("ArrowInvalid is a ValueError, but it passes by the except clause")
 def test_a_damaged_parquet_file_is_a_message_of_ours(tmp_path):
     path = write(tmp_path / "a.parquet", b"PAR1 and then nothing of the kind")
     assert said(read_file, path).startswith(f"{path}: cannot be read")
 
 
-@KNOWN("Jupyter's copies are read as data")
 def test_hidden_folders_are_no_data(tmp_path):
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / ".ipynb_checkpoints" / "train-checkpoint.jsonl", ROWS)
     assert len(read_rows(str(tmp_path))[0]) == len(ROWS)
 
 
-@KNOWN("without a file named after the split, its test rows are trained on")
 @pytest.mark.parametrize("train, test", [("train/0.jsonl", "test/0.jsonl"), ("gsm_train.jsonl", "gsm_test.jsonl")])
 def test_the_split_in_a_folders_or_files_name_is_seen(tmp_path, train, test):
     write(tmp_path / train, ROWS[:1])
@@ -359,7 +348,6 @@ def test_a_file_may_mix_forms(tmp_path):
     ]
 
 
-@KNOWN("a TypeError, KeyError or AttributeError, and no line")
 @pytest.mark.parametrize(
     "row",
     [
@@ -377,13 +365,11 @@ def test_rows_of_a_wrong_shape_say_file_and_line(tmp_path, row):
     assert said(load, path).startswith(f"{path}, line 1: ")
 
 
-@KNOWN("LLaMA-Factory lets the conversation's own system message win; here both stay, which alpaca cannot render")
 def test_a_conversation_has_one_system_message():
     row = {"conversations": SHAREGPT, "system": "column"}
     assert to_messages(row, detect_form(row)) == TOOLS
 
 
-@KNOWN("accepted when read; later the template raises without saying where")
 def test_an_answer_to_nothing_is_refused_where_it_stands(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"conversations": [{"from": "gpt", "value": "Hello!"}]}])
     assert said(load, path).startswith(f"{path}, line 1: ")
@@ -465,7 +451,6 @@ def test_dataset_info_hub(tmp_path, monkeypatch):
     assert calls == [(("owner/name", None), {"split": "train"}), (("owner/name", "main"), {"split": "test[:50]"})]
 
 
-@KNOWN("`folder` (load_dataset's data_dir) is not read, so other data than named is loaded")
 def test_dataset_info_hub_folder(tmp_path, monkeypatch):
     calls = []
 
@@ -762,7 +747,6 @@ def test_use_template(letters, tmp_path):
     assert "no such template" in said(use_template, letters, str(tmp_path / "none.jinja"))
 
 
-@KNOWN("any template with a separator that came with the tokenizer is called alpaca")
 def test_a_template_that_came_with_the_tokenizer_has_its_own_name(letters):
     use_template(letters, "vigogne")
     assert use_template(letters, "")[0] != "alpaca"
@@ -805,7 +789,6 @@ def test_the_token_that_ends_an_answer(letters):
     assert end_of_turn(letters) == ("", None) == check_template(letters, add_eos_token=False)
 
 
-@KNOWN("an added token of white space, such as Gemma's newlines, is taken for the end of an answer")
 def test_white_space_ends_no_answer():
     tokenizer = make_letters()
     tokenizer.add_tokens([AddedToken("\n", normalized=False)])
@@ -922,7 +905,6 @@ def test_without_the_end_token(letters):
     assert runs(learned) == [(len(spell(letters, "user:q\nassistant:")), len(ids))]
 
 
-@KNOWN("the mask of the prompts covers the end tokens as well")
 def test_without_the_end_token_but_with_the_prompts(letters):
     use_template(letters, "chatml")
     (ids, learned), _ = only(encode([talk("q", "a")], letters, train_on_inputs=True, add_eos_token=False))
@@ -941,7 +923,6 @@ def test_an_answer_that_merges_with_its_prompt_is_tokenized_apart(letters):
     assert counts["examples"] == 2
 
 
-@KNOWN("the answers before it were tokenized apart, which a server does not do to a history")
 def test_the_turn_after_an_answer_that_merges(letters):
     use_template(letters, "chatml")
     messages = talk("q", "\nb", "r", "c")
@@ -970,14 +951,12 @@ def test_a_generation_prompt_that_ends_in_a_space(llama, bpe):
     assert ids[: runs(learned)[0][0]].tolist() == serve(bpe, talk("q"), ask=True)
 
 
-@KNOWN("the message shows the text up to the end of the token, with the start of the answer")
 def test_the_message_shows_where_the_generation_prompt_ends(llama):
     ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     llama.chat_template = loop("{{ message.role + ': ' + message.content + eos_token + '\n' }}", ask)
     assert "assistant: ', which" in said(encode, [talk("q", "is the sum")], llama)
 
 
-@KNOWN("ByteLevel's post-processor trims the space off the offsets, so the token that crosses is not seen")
 def test_a_generation_prompt_that_ends_in_a_space_before_a_tokenizer_that_adds_one():
     tokenizer = make_letters(merges=(("Ġ", "a"),))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -987,13 +966,11 @@ def test_a_generation_prompt_that_ends_in_a_space_before_a_tokenizer_that_adds_o
     assert "which this tokenizer merges with the answer" in said(encode, [talk("q", "a")], tokenizer)
 
 
-@KNOWN("tools and documents are undefined, where apply_chat_template says None")
 def test_templates_that_ask_whether_tools_are_none(letters):
     letters.chat_template = "{% if tools is not none or documents is not none %}tools{% endif %}" + loop(TURN)
     assert_as_served(letters, talk("q", "a"))
 
 
-@KNOWN("without a token between them, an answer and the next question are one text to a server")
 def test_several_turns_without_an_end_token(letters):
     ask = "{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
     letters.chat_template = loop("{{ '\n' + message.role + ':' + message.content }}", ask)
@@ -1103,7 +1080,6 @@ def test_normalizers_that_drop_characters(normalizer, answer, flags):
     assert learned[-1] == (not flags)
 
 
-@KNOWN("errors of the template, which are no ValueErrors, pass through as they are")
 @pytest.mark.parametrize(
     "messages",
     [
@@ -1116,7 +1092,6 @@ def test_conversations_that_a_template_cannot_take(letters, messages):
     assert said(encode, [talk("q", "a"), messages], letters).startswith("--prompt_template: ")
 
 
-@KNOWN("json reads half a surrogate pair without complaint; the tokenizer's TypeError names no line")
 def test_half_a_surrogate_pair_says_file_and_line(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"question": "q", "answer": "half an emoji \\ud83d"}\n')
     assert said(load, path).startswith(f"{path}, line 1: ")
@@ -1268,7 +1243,6 @@ def test_pad_by_hand():
     }
 
 
-@KNOWN("a share that rounds to no row leaves the Trainer with an evaluation but no data: its own traceback")
 def test_a_share_that_rounds_to_no_row_trains_without_validation(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
     result = finetune.train(data_path=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "out"), max_steps=3)
