@@ -383,7 +383,10 @@ def read_prompts(data_path, separator, max_samples):
     """
     path = find_path(data_path)
     if path and path.suffix == ".txt":
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--data_path {data_path}: cannot be read: {error}") from None
         if not lines:
             raise ValueError(f"--data_path {data_path}: no lines in it")
         conversations = [[{"role": "user", "content": line}] for line in lines]
@@ -404,15 +407,15 @@ def read_prompts(data_path, separator, max_samples):
 
 
 def final_number(text, method):
-    """Return the number that a GSM8K answer ends in, without commas, or None; as verl's reward_score/gsm8k.py does.
+    """Return the number that a GSM8K answer ends in, or None if there is none; as verl's reward_score/gsm8k.py does.
 
-    strict takes the last "#### number", flexible the last number of any kind.
+    strict takes the last "#### number" and leaves its commas out; flexible the last number of any kind, as it stands.
     """
     if method == "strict":
-        found = re.findall(r"#### (\-?[0-9\.\,]+)", text)
+        found = [number.replace(",", "") for number in re.findall(r"#### (\-?[0-9\.\,]+)", text)]
     else:
-        found = [number for number in re.findall(r"(\-?[0-9\.\,]+)", text) if number not in ("", ".")]
-    return found[-1].replace(",", "").replace("$", "") if found else None
+        found = [number for number in re.findall(r"(\-?[0-9\.\,]+)", text) if number != "."]
+    return found[-1] if found else None
 
 
 def compute_score(solution_str, ground_truth, method="strict"):
@@ -443,10 +446,13 @@ def load_adapter(model, lora_weights):
         raise ValueError(f"--lora_weights {lora_weights}: no adapter_config.json and adapter_model.safetensors there")
     try:
         model = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--lora_weights {lora_weights} does not fit this base model: {error}") from error
+    except Exception as error:  # peft, torch and safetensors have their own kinds; torch lists every tensor
+        raise ValueError(
+            f"--lora_weights {lora_weights} is damaged or does not fit this base model: {error!s:.300}"
+        ) from error
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         odd = set(file.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    odd -= set(model.state_dict())  # where embeddings are adapted, peft saves the base model's own with the adapter
     if odd:
         raise ValueError(
             f"--lora_weights {lora_weights} does not fit this base model: {len(odd)} tensors have no counterpart, "
@@ -461,8 +467,7 @@ def stop_ids(model, tokenizer, lora_weights):
     if lora_weights and (Path(lora_weights) / "generation_config.json").exists():
         config = GenerationConfig.from_pretrained(lora_weights)
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops += [end_of_turn(tokenizer)[1], tokenizer.eos_token_id]
-    return [i for i in dict.fromkeys(stops) if i is not None]
+    return [i for i in dict.fromkeys([*stops, end_of_turn(tokenizer)[1], tokenizer.eos_token_id]) if i is not None]
 
 
 def generate(
@@ -505,7 +510,7 @@ def generate(
         score: compare with the file's own answers: gsm8k_strict, gsm8k_flexible or exact.
         prompt_template: chat template: a name of templates/ or a .jinja file. Empty: what the model carries, or alpaca.
         max_new_tokens: longest answer, in tokens.
-        temperature: of sampling; 0 takes the likeliest token.
+        temperature: of sampling; 0 takes the likeliest token. Above 0, --micro_batch_size changes what is drawn.
         top_p: sample among the likeliest tokens that together have this probability; 1 for all.
         top_k: sample among so many likeliest tokens; 0 for all.
         num_beams: beams of a beam search; 1 for none.
@@ -528,10 +533,19 @@ def generate(
         raise ValueError(f"--score {score}: one of gsm8k_strict, gsm8k_flexible, exact")
     if output_path and not data_path:
         raise ValueError(f"--output_path {output_path} goes with --data_path")
-    if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and num_beams >= 1 and repetition_penalty > 0):
-        raise ValueError("--temperature and --top_k must not be negative, --top_p in (0, 1], --num_beams at least 1")
-    if max_new_tokens < 1 or micro_batch_size < 1 or max_samples < 0:
-        raise ValueError("--max_new_tokens and --micro_batch_size must be at least 1, --max_samples not negative")
+    target = Path(output_path or "out/generate/predictions.jsonl")
+    if target.is_dir():
+        raise ValueError(f"--output_path {target} is a folder: name a file, such as {target / 'predictions.jsonl'}")
+    if data_path and find_path(data_path) and target.exists() and target.samefile(find_path(data_path)):
+        raise ValueError(f"--output_path {target} is the file of --data_path: the answers would replace it")
+    if not (0 <= temperature < math.inf and 0 < repetition_penalty < math.inf and 0 < top_p <= 1 and top_k >= 0):
+        raise ValueError(
+            "--temperature and --top_k must not be negative, --repetition_penalty above 0, --top_p in (0, 1]"
+        )
+    if num_beams < 1 or max_new_tokens < 1 or micro_batch_size < 1:
+        raise ValueError("--num_beams, --max_new_tokens and --micro_batch_size must be at least 1")
+    if max_samples < 0 or not 0 <= seed < 2**32:
+        raise ValueError("--max_samples and --seed must not be negative, --seed below 2**32")
     if not temperature and (top_p != 1 or top_k):
         raise ValueError("--top_p and --top_k do nothing at --temperature 0: set a temperature")
     if num_beams > 1 and temperature:
@@ -541,7 +555,7 @@ def generate(
     if not base_model:
         base_model = "data/tiny/model"
         trained = Path("out/finetune/adapter")
-        lora_weights = lora_weights or (str(trained) if trained.is_dir() else "")
+        lora_weights = lora_weights or (str(trained) if (trained / "adapter_config.json").exists() else "")
     if lora_weights and not (Path(lora_weights) / "adapter_config.json").exists():
         raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
     base, base_dtype = find_base(base_model), pick_dtype(dtype)
@@ -567,8 +581,15 @@ def generate(
         if not prompt:
             prompt = read_file(find_path("data/tiny/test.jsonl"))[0]["question"]
         conversations = [[{"role": "user", "content": prompt + (separator + input if input else "")}]]
-    texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    texts = []
+    for i, messages in enumerate(conversations):
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # jinja2 has its own kinds, and a template can raise
+            raise ValueError(f"prompt {i + 1}: the chat template cannot render {messages!r:.200}: {error}") from error
     prompts = tokenizer(texts, add_special_tokens=False).input_ids
+    if [] in prompts:
+        raise ValueError(f"prompt {prompts.index([]) + 1}: the chat template {template} makes nothing of it")
     context = getattr(transformers.AutoConfig.from_pretrained(base).get_text_config(), "max_position_embeddings", None)
     long = [i for i, ids in enumerate(prompts) if context and len(ids) + max_new_tokens > context]
     if long:
@@ -583,10 +604,9 @@ def generate(
     if not (load_in_8bit or load_in_4bit):
         model.to(device)
     stops = stop_ids(model, tokenizer, lora_weights)
-    if lora_weights:
-        model = load_adapter(model, lora_weights)
-    model.eval()
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    # padding is masked, and what follows a stop is dropped: any token of the model does, but the tokenizer's own
+    # padding token may have been added to it alone
+    pad_id = stops[0] if stops else 0
     # every setting is given here: what the model's own generation_config.json says must not leak in
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
     config = GenerationConfig(
@@ -594,12 +614,16 @@ def generate(
         do_sample=temperature > 0,
         num_beams=num_beams,
         repetition_penalty=repetition_penalty,
-        eos_token_id=stops,
+        eos_token_id=stops or None,
         pad_token_id=pad_id,
         **sampling,
     )
-    model.generation_config = config
-    print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {base_dtype}  template {template}")
+    model.generation_config = config  # before peft wraps the model: a wrapper of no task type would keep it to itself
+    if lora_weights:
+        model = load_adapter(model, lora_weights)
+    model.eval()
+    dtype = str(base_dtype).removeprefix("torch.")
+    print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {dtype}  template {template}")
 
     def answer(batch, streamer=None):
         """Return the new token ids of a batch of prompts, as lists up to and without the end token."""
@@ -624,7 +648,6 @@ def generate(
         return {"answer": text, "cut": cut}
 
     # 5. a file: longest prompts first, so that what does not fit into memory fails at once
-    target = Path(output_path or "out/generate/predictions.jsonl")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{target}.incomplete")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

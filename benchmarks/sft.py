@@ -238,6 +238,7 @@ def packed_recipe(model_dir, data_path, batch_size, micro_batch_size, steps, see
                 batch_size=batch_size,
                 micro_batch_size=micro_batch_size,
                 max_steps=steps,
+                learning_rate=3e-4,
                 val_set_size=0,
                 save_steps=steps,
                 seed=seed,

@@ -139,7 +139,7 @@ def one_by_one(path, tokenizer, cutoff_len):
         return full
 
     rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(Path(path).parent / "cache"))
-    return rows.map(generate_and_tokenize, load_from_cache_file=False, new_fingerprint="one-by-one")
+    return rows.shuffle(seed=0).map(generate_and_tokenize, load_from_cache_file=False, new_fingerprint="one-by-one")
 
 
 def batched(path, tokenizer, cutoff_len):
@@ -171,8 +171,9 @@ def compare_tokenizing(*, rows: int = 50000, cutoff_len: int = 1024, tokenizer: 
             made[name] = way(path, fresh, cutoff_len)
             seconds[name] = time.time() - started
             print(f"{name:11s} {rows / seconds[name]:,.0f} rows/s ({seconds[name]:.1f} s)", flush=True)
+        order = np.random.default_rng(0).permutation(rows)  # what shuffle(seed=0) took
         for i in range(0, rows, max(1, rows // 500)):  # the same ids and labels, or the comparison means nothing
-            (ids, learned), other = made["batched"][i], made["one by one"][i]
+            (ids, learned), other = made["batched"][order[i]], made["one by one"][i]
             assert ids.tolist() == other["input_ids"], i
             assert np.where(learned, ids, finetune.IGNORE).tolist() == other["labels"], i
     ratio = seconds["one by one"] / seconds["batched"]
