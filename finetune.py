@@ -28,7 +28,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -123,14 +122,9 @@ def run_cli(fn):
 
 
 def quiet_libraries():
-    """Silence the libraries' own progress bars and notes, errors aside; call it before peft is imported.
-
-    bitsandbytes mentions on import that an optional CPU kernel is missing, and peft asks transformers for the old
-    name of activation checkpointing.
-    """
+    """Silence the libraries' own progress bars and notes, errors aside (peft asks for a renamed property)."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 

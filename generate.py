@@ -22,7 +22,6 @@ import difflib
 import functools
 import inspect
 import json
-import logging
 import math
 import re
 import sys
@@ -95,14 +94,9 @@ def run_cli(fn):
 
 
 def quiet_libraries():
-    """Silence the libraries' own progress bars and notes, errors aside; call it before peft is imported.
-
-    bitsandbytes mentions on import that an optional CPU kernel is missing, and peft asks transformers for the old
-    name of activation checkpointing.
-    """
+    """Silence the libraries' own progress bars and notes, errors aside (peft asks for a renamed property)."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 

@@ -6,6 +6,7 @@ finetune.py: its pure helpers by hand, the whole script on the embedded default,
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -485,3 +486,17 @@ def test_empty_answers_and_cut_examples_are_counted_and_said(tmp_path, capsys):
     run(tmp_path / "out", data_path=str(tmp_path / "data.json"), cutoff_len=60, max_steps=2, val_set_size=0)
     said = capsys.readouterr().out
     assert "cut at --cutoff_len 60" in said and "1 answers are empty" in said
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+
+def test_the_table_of_metrics_lists_the_keys_of_the_log(plain):
+    page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+    table = page.partition("## Logged metrics")[2].partition("\nAt the end")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed == {name for record in finetune.read_log(plain[0] / "log.jsonl") for name in record}
+    at_end = page.partition("\nAt the end")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", at_end)) - {"max_memory_allocated_gb"} == set(plain[2]["metrics"])
