@@ -307,9 +307,11 @@ def to_messages(row, form, separator="\n", need_response=True):
     if form["formatting"] == "alpaca":
         history = row.get(columns.get("history")) or []
         for turn in history if isinstance(history, list) else [history]:
-            if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            if not isinstance(turn, list) or len(turn) != 2:
                 raise ValueError(f"field {columns['history']!r} must list pairs [question, answer], got {turn!r:.60}")
-            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+            pair = dict(zip(("question", "answer"), turn, strict=True))
+            messages.append({"role": "user", "content": text_field(pair, "question")})
+            messages.append({"role": "assistant", "content": text_field(pair, "answer")})
         prompt = [text_field(row, columns.get("prompt")), text_field(row, columns.get("query"), required=False)]
         messages.append({"role": "user", "content": separator.join(part for part in prompt if part)})
         if need_response:
@@ -387,6 +389,14 @@ def find_base(base_model):
     return str(path or base_model)
 
 
+def load_config(base):
+    """Return the configuration of the language model in a folder or hub id."""
+    try:
+        return transformers.AutoConfig.from_pretrained(base).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base_model {base} cannot be loaded: {error}") from error
+
+
 def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
     """Load the frozen base model, quantized on request; returns it on `device` (ZeRO-3: sharded by DeepSpeed)."""
     quantization, kwargs = None, {}
@@ -401,7 +411,10 @@ def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     if quantization:
         kwargs = {"quantization_config": quantization, "device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **kwargs)
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--base_model {base_model} cannot be loaded: {error}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -875,7 +888,9 @@ def check_packed(model, vocab_size, device):
     model.set_attn_implementation("packed")
     head.forward = head_forward
     model.train(was_training)
-    allowed = 1e-4 if model.dtype == torch.float32 else 2e-2
+    # int8 rounds activations by what else is in their batch
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    allowed = 1e-4 if exact else 2e-2
     if not abs(packed - alone) <= allowed * abs(alone):
         raise ValueError(
             f"packed rows do not work for this model: the loss of three test examples is {packed:.5f} packed and "
@@ -1383,7 +1398,7 @@ def train(
             raise ValueError(f"--deepspeed {deepspeed}: the package is not installed: {how}")
     base, base_dtype, on_gpu = find_base(base_model), pick_dtype(dtype), torch.cuda.is_available()
     dtype = str(base_dtype).removeprefix("torch.")
-    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+    config = load_config(base)
     limit_threads(config)
     learning_rate = learning_rate or default_learning_rate(config)
     steps_of_data = {"num_train_epochs": num_epochs} if not max_steps else {"max_steps": max_steps}

@@ -34,7 +34,7 @@ from typing import get_type_hints
 import fire
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, set_seed
 
 HERE = Path(__file__).resolve().parent
@@ -280,9 +280,11 @@ def to_messages(row, form, separator="\n", need_response=True):
     if form["formatting"] == "alpaca":
         history = row.get(columns.get("history")) or []
         for turn in history if isinstance(history, list) else [history]:
-            if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            if not isinstance(turn, list) or len(turn) != 2:
                 raise ValueError(f"field {columns['history']!r} must list pairs [question, answer], got {turn!r:.60}")
-            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+            pair = dict(zip(("question", "answer"), turn, strict=True))
+            messages.append({"role": "user", "content": text_field(pair, "question")})
+            messages.append({"role": "assistant", "content": text_field(pair, "answer")})
         prompt = [text_field(row, columns.get("prompt")), text_field(row, columns.get("query"), required=False)]
         messages.append({"role": "user", "content": separator.join(part for part in prompt if part)})
         if need_response:
@@ -360,6 +362,14 @@ def find_base(base_model):
     return str(path or base_model)
 
 
+def load_config(base):
+    """Return the configuration of the language model in a folder or hub id."""
+    try:
+        return transformers.AutoConfig.from_pretrained(base).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base_model {base} cannot be loaded: {error}") from error
+
+
 def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
     """Load the frozen base model, quantized on request; returns it on `device` (ZeRO-3: sharded by DeepSpeed)."""
     quantization, kwargs = None, {}
@@ -374,7 +384,10 @@ def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     if quantization:
         kwargs = {"quantization_config": quantization, "device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **kwargs)
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--base_model {base_model} cannot be loaded: {error}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -449,6 +462,7 @@ def load_adapter(model, lora_weights):
     folder = Path(lora_weights)
     if not (folder / "adapter_config.json").exists() or not (folder / "adapter_model.safetensors").exists():
         raise ValueError(f"--lora_weights {lora_weights}: no adapter_config.json and adapter_model.safetensors there")
+    warnings.filterwarnings("ignore", message="Found missing adapter keys")  # all of them by name; refused below
     try:
         model = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # peft, torch and safetensors have their own kinds; torch lists every tensor
@@ -595,7 +609,7 @@ def generate(
     prompts = tokenizer(texts, add_special_tokens=False).input_ids
     if [] in prompts:
         raise ValueError(f"prompt {prompts.index([]) + 1}: the chat template {template} makes nothing of it")
-    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+    config = load_config(base)
     limit_threads(config)
     context = getattr(config, "max_position_embeddings", None)
     long = [i for i, ids in enumerate(prompts) if context and len(ids) + max_new_tokens > context]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 import generate as script
@@ -208,6 +209,24 @@ def test_padding_is_not_the_tokenizers_whose_token_the_model_may_not_have(tmp_pa
     assert texts(ask(base_model=folder)) == texts(greedy)
 
 
+def test_a_tokenizer_that_adds_a_first_token_does_not_double_the_templates(tmp_path, seen):
+    folder = make_base(tmp_path / "base")
+    llama = AutoTokenizer.from_pretrained(folder, bos_token="<|im_start|>")
+    first = ("<|im_start|>", llama.bos_token_id)
+    llama.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    llama.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("Hi").input_ids[0] == llama.bos_token_id
+    generate(base_model=folder, prompt="Hi", max_new_tokens=1)
+    assert seen == [[llama.bos_token_id, *prompt_ids([{"role": "user", "content": "Hi"}])]]
+
+
+def test_special_tokens_inside_an_answer_are_left_out_and_only_an_end_token_ends_it(monkeypatch):
+    start, word = tokenizer.convert_tokens_to_ids(["<|im_start|>", "Tom"])
+    rows = torch.tensor([[word, start, word, END, word], [word, word, start, start, word]])
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, input_ids, **kw: torch.cat([input_ids, rows], 1))
+    assert texts(ask(max_samples=2)) == [("TomTom", False), ("TomTomTom", True)]
+
+
 @pytest.mark.parametrize("kind", ["base", "adapter", "adapter of no task type"])
 def test_the_models_own_generation_config_does_not_leak_in(tmp_path, base, adapter, kind):
     leak = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 1.8, "num_beams": 3, "min_p": 0.3}
@@ -361,6 +380,11 @@ def test_a_prompt_and_its_input_are_an_alpaca_row(seen):
     assert seen[1] == prompt_ids([{"role": "user", "content": "Count.\na b"}], "chatml")
 
 
+def test_of_a_folder_the_test_files_are_answered():
+    rows = ask(data_path=str(DATA.parent), max_samples=3, max_new_tokens=1)
+    assert [row["reference"] for row in rows] == [row["answer"] for row in TEST_ROWS[:3]]
+
+
 def test_a_run_that_dies_leaves_the_earlier_answers(tmp_path, monkeypatch):
     path = str(tmp_path / "p.jsonl")
     before = ask(output_path=path, max_samples=4)
@@ -504,7 +528,7 @@ def damage(folder, kind):
         ("no adapter", "no adapter there .adapter_config.json."),
     ],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of missing keys: refused a moment later
+@pytest.mark.filterwarnings("error:Found missing")  # peft names every key; the refusal names three
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, adapter, kind, message):
     folder = tmp_path / "adapter"
     shutil.copytree(adapter, folder)
