@@ -29,6 +29,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -38,7 +39,6 @@ import sys
 import time
 import types
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -554,29 +554,31 @@ def mark_answers(conversations, tokenizer, end_text, add_eos_token):
     return texts, spans
 
 
-def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, cutoff_len=2048, chunk=1000):
+def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, cutoff_len=2048, workers=None):
     """Tokenize conversations with the tokenizer's chat template and mark the tokens that are learned.
 
     Returns (examples, counts). An example is (ids, learned), [T] int32 and [T] bool; counts says how many
     conversations there were, how many examples were cut at cutoff_len tokens or left out because nothing of their
-    answer was left, and how many answers are empty.
+    answer was left, and how many answers are empty. Many rows are shared out over `workers` processes, by default
+    one a core.
 
     A text is cut where an answer starts and where it stops, and the parts are tokenized: the prompt as a server
     tokenizes it, then what is generated after it. A tokenizer that puts a space before the first word of a text
     (SentencePiece) would put one before each part, so with it the text is tokenized whole.
     """
     end_text, end_id = check_template(tokenizer, add_eos_token)
-    backend = tokenizer.backend_tokenizer
+    backend, chunk = tokenizer.backend_tokenizer, 1000
     whole = backend.encode("a", add_special_tokens=False).tokens != ["a"]
+    to_ids = tokenize_by_word(backend)
 
     def encode_chunk(at):
         texts, spans = mark_answers(conversations[at : at + chunk], tokenizer, end_text, add_eos_token)
-        rows = tokenize_whole(texts, spans, backend) if whole else tokenize_parts(texts, spans, backend)
+        rows = tokenize_whole(texts, spans, backend) if whole else tokenize_parts(texts, spans, to_ids)
         examples, cut = [], 0
         empty = sum(text.startswith(end_text, start) for text, s in zip(texts, spans) for start, _ in s if end_text)
         for ids, learned in rows:
             cut += len(ids) > cutoff_len
-            ids, learned = np.array(ids[:cutoff_len], np.int32), np.array(learned[:cutoff_len])
+            ids, learned = np.array(ids[:cutoff_len], np.int32), learned[:cutoff_len]
             if learned[1:].any():  # nothing predicts the first token
                 if train_on_inputs:
                     learned = np.full(len(ids), True) if add_eos_token else ids != end_id
@@ -584,14 +586,68 @@ def encode(conversations, tokenizer, train_on_inputs=False, add_eos_token=True, 
         left_out = len(rows) - len(examples)
         return examples, {"examples": len(examples), "cut": cut, "left_out": left_out, "empty": empty}
 
-    with ThreadPoolExecutor(2) as pool:  # one thread renders while the other is in the tokenizer, without the GIL
-        chunks = list(pool.map(encode_chunk, range(0, len(conversations), chunk)))
+    starts = range(0, len(conversations), chunk)
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere forking is not safe
+        workers = min(cores, len(starts) // 4)
+    if workers > 1:
+        # forked, so that nothing is copied to the workers; they do not touch the GPU
+        with multiprocessing.get_context("fork").Pool(workers, adopt, (encode_chunk,)) as pool:
+            try:
+                chunks = pool.map(call_adopted, starts)
+            except ValueError as error:
+                raise ValueError(str(error)) from None
+    else:
+        chunks = [encode_chunk(at) for at in starts]
     counts = {name: sum(c[name] for _, c in chunks) for name in ("examples", "cut", "left_out", "empty")}
     return [example for examples, _ in chunks for example in examples], {"conversations": len(conversations)} | counts
 
 
-def tokenize_parts(texts, spans, backend):
-    """Return (ids, learned) lists of texts, each prompt tokenized as a server does and its answer by itself.
+def adopt(function):
+    """Remember, in a forked worker of `encode`, the function that it runs: a closure cannot be sent to it."""
+    call_adopted.function = function
+
+
+def call_adopted(argument):
+    """Run the adopted function in a worker."""
+    return call_adopted.function(argument)
+
+
+def tokenize_by_word(backend):
+    """Return a function from a list of texts to their token ids, several times as fast as the tokenizer itself.
+
+    Text is cut between a letter and a space with a letter behind it, where pre-tokenizers cut anyway, and the ids of
+    what lies between are remembered. A tokenizer whose pre-tokenizer does not cut there is called on whole texts.
+    """
+    known, pieces = {}, ["The", " quick", " brown", " Fox", " is", " a", " test"]
+
+    def plain(text):
+        return backend.encode(text, add_special_tokens=False).ids
+
+    text = "".join(pieces)
+    cuts = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else []
+    apart = {start for _, (start, _) in cuts} >= set(itertools.accumulate(map(len, pieces[:-1])))
+    spaced = any(" " in token.content for token in backend.get_added_tokens_decoder().values())
+    if not apart or spaced or plain(text) != [i for piece in pieces for i in plain(piece)]:
+        return lambda texts: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    split = re.compile("(?<=[A-Za-z])(?= [A-Za-z])").split
+
+    def by_word(text):
+        ids = []
+        for piece in split(text):
+            found = known.get(piece)
+            if found is None:
+                if len(known) > 1_000_000:
+                    known.clear()
+                found = known[piece] = plain(piece)
+            ids += found
+        return ids
+
+    return lambda texts: [by_word(text) for text in texts]
+
+
+def tokenize_parts(texts, spans, to_ids):
+    """Return (ids list, learned [T] bool) of texts, each prompt tokenized as a server does and its answer by itself.
 
     Where a later prompt does not begin with the tokens that came before it (its history holds an answer that merges
     with what stands before or after it), that turn becomes an example of its own.
@@ -601,8 +657,7 @@ def tokenize_parts(texts, spans, backend):
         for start, stop in answers:
             parts += [text[:start], text[start:stop]]
         parts.append(text[answers[-1][1] :])
-    ids = iter([encoding.ids for encoding in backend.encode_batch_fast(parts, add_special_tokens=False)])
-    rows = []
+    ids, rows = iter(to_ids(parts)), []
     for answers in spans:
         examples = []
         for _ in answers:
@@ -611,12 +666,15 @@ def tokenize_parts(texts, spans, backend):
             if examples and prompt[: len(row)] == row:
                 examples.pop()
             else:
-                row, learned = [], []
-            learned = learned + [False] * (len(prompt) - len(row)) + [True] * len(answer)
-            examples.append((prompt + answer, learned))
+                learned = []
+            examples.append((prompt + answer, [*learned, (len(prompt), len(prompt) + len(answer))]))
         tail = next(ids)  # an end token that is not learned
-        examples[-1] = (examples[-1][0] + tail, examples[-1][1] + [False] * len(tail))
-        rows += examples
+        examples[-1] = (examples[-1][0] + tail, examples[-1][1])
+        for row, learned in examples:
+            mask = np.zeros(len(row), bool)
+            for start, stop in learned:
+                mask[start:stop] = True
+            rows.append((row, mask))
     return rows
 
 
@@ -638,7 +696,7 @@ def tokenize_whole(texts, spans, backend):
                     f"merges with the answer {text[start : start + 40]!r}: end the prompt with a newline or a special "
                     "token, or take the white space off that answer"
                 )
-        rows.append((ids, learned))
+        rows.append((ids, np.array(learned)))
     return rows
 
 

@@ -3,7 +3,7 @@ Write GSM8K as train.parquet and test.parquet in the schema that PPO, verl's and
 
     reads    --source        a hub id, a json, jsonl or parquet file, or a folder holding train.* and test.*
     writes   --output_dir    train.parquet, test.parquet: data_source, prompt, ability, reward_model, extra_info
-    then     ppo_gsm8k.py, or verl with data.train_files=OUT/train.parquet data.val_files=OUT/test.parquet
+    then     finetune.py --data_path OUT/train.parquet, or verl with data.train_files and data.val_files
 
     hub      python data/gsm8k.py
     folder   python data/gsm8k.py --source data/tiny --output_dir out/tiny
@@ -345,7 +345,7 @@ def prepare(
         print(f"  {target.stem:<9} {table.num_rows:,} rows{cut}  {target} ({target.stat().st_size / 1e6:.1f} MB)")
     keys = {"train": "data.train_files", "test": "data.val_files"}
     paths = " ".join(f"{keys[target.stem]}={target}" for target in tables)
-    print(f"wrote {output}. Next: train on it with ppo_gsm8k.py, or with verl: {paths}")
+    print(f"wrote {output}. Next: python finetune.py --data_path {output}/train.parquet, or verl: {paths}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ tested on trained tokenizers as well: the ids before an answer are what a server
 
 import json
 import math
+import random
 
 import datasets
 import jinja2
@@ -1033,13 +1034,11 @@ def test_templates_that_forget_old_reasoning_give_an_example_per_turn(bpe):
 
 def test_many_conversations_keep_their_order_over_chunks(letters):
     use_template(letters, "alpaca_short")
-    conversations = [talk(str(i), "a" * (i % 7)) for i in range(25)]
+    conversations = [talk(str(i), "a" * (i % 7)) for i in range(2003)]
     whole, counts = encode(conversations, letters)
-    parts, same = encode(conversations, letters, chunk=4)
-    assert counts == same and counts["empty"] == 4 and counts["examples"] == 25
-    for one, other, conversation in zip(whole, parts, conversations, strict=True):
-        assert one[0].tolist() == other[0].tolist() and one[1].tolist() == other[1].tolist()
-        assert one[0].tolist() == encode([conversation], letters)[0][0][0].tolist()
+    assert counts["empty"] == 287 and counts["examples"] == 2003
+    for i in (0, 999, 1000, 1001, 2002):
+        assert whole[i][0].tolist() == encode([conversations[i]], letters)[0][0][0].tolist()
     assert encode([], letters) == ([], dict.fromkeys(counts, 0))
 
 
@@ -1247,3 +1246,44 @@ def test_a_share_that_rounds_to_no_row_trains_without_validation(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
     result = finetune.train(data_path=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "out"), max_steps=3)
     assert result["run"]["status"] == "finished"
+
+
+# -----------------------------------------------------------------------------
+# tokenizing by word and in several processes
+
+
+def test_tokenizing_by_word_gives_the_tokenizers_own_ids(bpe):
+    backend = bpe.backend_tokenizer
+    to_ids = finetune.tokenize_by_word(backend)
+    assert to_ids.__code__.co_names == () or "by_word" in to_ids.__code__.co_freevars  # not the fallback
+    rng = random.Random(0)
+    alphabet = ["a", "B", "the", " ", "  ", "\n", "\t", "é", "e\u0301", "中", "🙂", "1", "234", "'s", ".", "-", "_"]
+    alphabet += ["<|im_end|>", "<|endoftext|>", "\u00a0", "Say", " says", "don't", "\r\n", "#"]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(2000)]
+    texts += [" ".join(rng.choices(["one", "two", "Three", "x"], k=9)) for _ in range(200)]
+    assert to_ids(texts) == [backend.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def test_a_tokenizer_that_joins_words_is_called_on_whole_texts():
+    from tokenizers import Tokenizer, models
+
+    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyzTBF ")}
+    merges = [("g", " "), (" ", "b")]  # "g b" does not stay apart
+    vocab = letters | {"g ": 40, " b": 41}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    to_ids = finetune.tokenize_by_word(backend)
+    assert to_ids(["ring bell"]) == [backend.encode("ring bell").ids]
+    assert backend.encode("ring bell").ids != backend.encode("ring").ids + backend.encode(" bell").ids
+
+
+def test_several_processes_make_the_same_examples_in_the_same_order(bpe):
+    finetune.use_template(bpe, "alpaca")
+    conversations = [talk(f"Say {i}", "yes " * (i % 7)) for i in range(2500)]
+    alone, counts = finetune.encode(conversations, bpe, cutoff_len=60, workers=1)
+    shared, shared_counts = finetune.encode(conversations, bpe, cutoff_len=60, workers=2)
+    assert counts == shared_counts and len(alone) == len(shared)
+    for (ids, learned), (other_ids, other_learned) in zip(alone, shared):
+        assert ids.tolist() == other_ids.tolist() and learned.tolist() == other_learned.tolist()
+    with pytest.raises(ValueError, match="cannot render") as error:
+        finetune.encode([*conversations, [{"role": "tool", "content": "x"}, *talk("a", "b")]], bpe, workers=2)
+    assert error.value.__cause__ is None
