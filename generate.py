@@ -371,7 +371,7 @@ def load_config(base):
 
 
 def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
-    """Load the frozen base model, quantized on request; returns it on `device` (ZeRO-3: sharded by DeepSpeed)."""
+    """Load the frozen base model, a quantized one on `device`, any other on the CPU (ZeRO-3: sharded by DeepSpeed)."""
     quantization, kwargs = None, {}
     if load_in_4bit:  # NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314)
         quantization = BitsAndBytesConfig(
@@ -536,7 +536,7 @@ def generate(
         repetition_penalty: above 1 makes tokens that are there already less likely.
         seed: of everything random.
         max_samples: use only the first so many rows of each source; 0 for all.
-        micro_batch_size: examples that one device processes at a time; changes memory and speed, not the result.
+        micro_batch_size: examples that one device processes at a time; only rounding, memory and speed depend on it.
         dtype: of the base weights: auto (bfloat16 on a GPU that has it, else float32), bfloat16, float16 or float32.
         load_in_8bit: quantize the base to int8 with bitsandbytes.
         load_in_4bit: quantize the base to NF4 with bitsandbytes (QLoRA).
@@ -649,7 +649,8 @@ def generate(
     def answer(batch, streamer=None):
         """Return the new token ids of a batch of prompts, as lists up to and without the end token."""
         longest = max(len(ids) for ids in batch)
-        ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in batch], device=device)  # [B, T]
+        # padded with its own first token: a repetition penalty counts masked tokens, too
+        ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in batch], device=device)  # [B, T]
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=device)
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
         rows = [row.tolist() for row in out[:, longest:]]

@@ -167,7 +167,7 @@ def padded_recipe(model_dir, data_path, batch_size, micro_batch_size, steps, see
     rows = finetune.read_conversations([(str(data_path), "train", None, None, None)], separator, 0, seed)
     examples, _ = finetune.encode(rows, tokenizer, cutoff_len=1024)
     lengths = np.array([len(ids) for ids, _ in examples])
-    order = finetune.MicroBatches(lengths, batch_size, micro_batch_size, 0, 1, seed, False, False).steps()[:steps]
+    order = finetune.MicroBatches(lengths, batch_size, micro_batch_size, 0, 1, seed, False, False).steps(0)[:steps]
     data = []
     for i in np.concatenate(order):
         ids, learned = examples[i]

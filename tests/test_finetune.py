@@ -151,6 +151,17 @@ def test_head_loss_is_cross_entropy_with_and_without_accuracy():
     torch.testing.assert_close(nll, expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_loss_of_many_labels_does_not_round_or_overflow_in_half_precision(dtype):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 1111, bias=False).to(dtype)
+    hidden, targets = torch.randn(12000, 16, dtype=dtype), torch.randint(1111, (12000,))
+    expected = F.cross_entropy(head(hidden).float(), targets, reduction="sum")  # about 84,000, float16 ends at 65,504
+    nll, _ = head_loss(head, hidden.requires_grad_(), targets)
+    torch.testing.assert_close(nll, expected, rtol=1e-4, atol=0)
+    assert nll.dtype == torch.float32 and torch.isfinite(torch.autograd.grad(nll, hidden)[0]).all()
+
+
 def test_neftune_noise_has_each_examples_own_scale(llama):
     seen = {}
     make_packed(llama, neftune_noise_alpha=5.0)
@@ -167,15 +178,20 @@ def test_neftune_noise_has_each_examples_own_scale(llama):
     torch.testing.assert_close(seen["inputs_embeds"], llama.get_input_embeddings()(pack(rows)["input_ids"]))
 
 
-def test_check_packed_refuses_a_model_that_packing_would_change(llama):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_packed_refuses_a_model_that_packing_would_change(dtype):
+    llama = AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny/model", dtype=dtype).train()
     make_packed(llama)
     finetune.check_packed(llama, 101, "cpu")
     assert llama.training and llama.config._attn_implementation == "packed"
     make_packed(llama)  # again, with attention that forgets where examples start
-    whole = {"cu_seq_lens": torch.tensor([0, 50], dtype=torch.int32)}
-    layers = llama.model.layers
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda m, a, k: (a, k | whole), with_kwargs=True)
+
+    def forget(module, args, kwargs):
+        ends = kwargs.get("cu_seq_lens")
+        return args, kwargs if ends is None else kwargs | {"cu_seq_lens": ends[[0, -1]]}
+
+    for layer in llama.model.layers:
+        layer.register_forward_pre_hook(forget, with_kwargs=True)
     with pytest.raises(ValueError, match="packed rows do not work for this model.*--nopacking"):
         finetune.check_packed(llama, 101, "cpu")
 
