@@ -198,13 +198,15 @@ def read_file(path):
     except json.JSONDecodeError as error:
         number = number if path.suffix == ".jsonl" else error.lineno
         raise ValueError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (UnicodeDecodeError, csv.Error, OSError) as error:  # pyarrow's errors are OSError or ValueError
+    except (ValueError, RecursionError, csv.Error, OSError) as error:  # pyarrow's errors are OSError or ValueError
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{locate(path, index)}: a row must be an object with named fields, got {row!r:.80}")
+        if None in row:  # what csv calls the cells beyond the header's
+            raise ValueError(f"{locate(path, index)}: more cells than the header has: quote a text that holds commas")
     return rows
 
 
@@ -232,7 +234,9 @@ def read_rows(source, split="train", subset=None):
         files = [(file, name) for file, name in files if not any(part.startswith(".") for part in name.parts)]
         named = [file for file, name in files if split in re.split(r"[-_./]", str(name.with_suffix("")))]
         files = named or [file for file, _ in files]
-    if not files or files[0].suffix not in SUFFIXES:
+    if not files:
+        raise ValueError(f"{source}: no data files in this folder ({', '.join(SUFFIXES)})")
+    if files[0].suffix not in SUFFIXES:
         raise ValueError(f"{source}: not a data file; one of {', '.join(SUFFIXES)}, or a folder of them")
     tables = [read_file(file) for file in files]
 
@@ -398,6 +402,17 @@ def load_config(base):
         raise ValueError(f"--base_model {base} cannot be loaded: {error}") from error
 
 
+def load_tokenizer(base):
+    """Return the tokenizer in a folder or hub id."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{base}: its tokenizer cannot be loaded: {error}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(f"{base}: its tokenizer is not of the tokenizers library, which this needs")
+    return tokenizer
+
+
 def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
     """Load the frozen base model, a quantized one on `device`, any other on the CPU (ZeRO-3: sharded by DeepSpeed)."""
     quantization, kwargs = None, {}
@@ -413,9 +428,23 @@ def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
     if quantization:
         kwargs = {"quantization_config": quantization, "device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **kwargs)
-    except (OSError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, output_loading_info=True, **kwargs)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"--base_model {base_model} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"--base_model {base_model}: {len(missing)} tensors of its configuration are not in its files, and would "
+            f"be random: {', '.join(missing[:3])}"
+        )
+    for module in model.modules():
+        # on some CPUs bitsandbytes repacks 4-bit weights in place in the first forward without gradient, and training
+        # would go on with the wrong ones
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -435,6 +464,11 @@ def find_dataset(name, dataset_dir):
     if name not in known:
         raise ValueError(f"--dataset {name}: not in {path}, which has: {', '.join(sorted(known))}")
     entry = known[name]
+    shapes = {"file_name": str, "hf_hub_url": str, "columns": dict, "tags": dict, "num_samples": int, "split": str}
+    wrong = [k for k, kind in shapes.items() if isinstance(entry, dict) and k in entry and type(entry[k]) is not kind]
+    if not isinstance(entry, dict) or wrong or entry.get("num_samples", 1) < 1:
+        what = f"{wrong[0]} is {entry[wrong[0]]!r}" if wrong else f"{entry!r:.80}"
+        raise ValueError(f"--dataset {name}: the entry in {path} cannot be used: {what}")
     if entry.get("ranking"):
         raise ValueError(f"--dataset {name}: holds preference pairs (ranking), which supervised fine-tuning cannot use")
     source = entry.get("hf_hub_url")
@@ -902,8 +936,9 @@ def make_packed(model, neftune_noise_alpha=0.0):
     """
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if type(head) is not torch.nn.Linear:
+        kind = f"{type(head).__module__}.{type(head).__name__}"
         raise ValueError(
-            f"packed rows need a plain linear output layer, this model's is {type(head).__name__} "
+            f"packed rows need a plain linear output layer, this model's is {kind} "
             "(is it among --lora_target_modules?): use --nopacking"
         )
     AttentionInterface.register("packed", packed_attention)
@@ -999,6 +1034,8 @@ def add_lora(model, targets, **config):
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
     known = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
     unknown = [name for name in targets if name != "all-linear" and name.rpartition(".")[2] not in known]
+    if "all-linear" in targets and len(targets) > 1:
+        raise ValueError(f"--lora_target_modules {','.join(targets)}: all-linear stands alone")
     if unknown or not targets:
         raise ValueError(
             f"--lora_target_modules {','.join(targets) or '[]'}: the model has no {', '.join(unknown) or 'such name'}; "
@@ -1008,7 +1045,10 @@ def add_lora(model, targets, **config):
     zero3 = transformers.integrations.is_deepspeed_zero3_enabled()
     lora = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", bias="none", **config)
     # adapters in float32 next to a half-precision base, except where DeepSpeed owns the dtype
-    return get_peft_model(model, lora, autocast_adapter_dtype=not zero3)
+    try:
+        return get_peft_model(model, lora, autocast_adapter_dtype=not zero3)
+    except ValueError as error:
+        raise ValueError(f"--lora_target_modules {targets}: {error}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -1235,6 +1275,8 @@ def find_checkpoint(output_dir, resume, settings):
     Every file of it must be the one that was saved, and the run that saved it must have had the same settings.
     """
     path = Path(resume)
+    if resume != "auto" and path.resolve().parent != Path(output_dir).resolve():
+        raise ValueError(f"--resume_from_checkpoint {resume} is not in --output_dir {output_dir}, with the run's log")
     if resume == "auto":
         steps = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
         if not steps:
@@ -1246,7 +1288,11 @@ def find_checkpoint(output_dir, resume, settings):
             f"--resume_from_checkpoint {resume}: {path} is not a whole checkpoint (no manifest.json)"
             + (f"; there are: {', '.join(there)}" if there else "")
         )
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = {"files": manifest["files"], "settings": manifest["settings"]}
+    except (ValueError, KeyError):
+        raise ValueError(f"--resume_from_checkpoint: {path}/manifest.json is damaged: take another one") from None
     torn = [n for n, digest in manifest["files"].items() if not (path / n).exists() or file_sha256(path / n) != digest]
     if torn:
         raise ValueError(
@@ -1444,6 +1490,11 @@ def train(
 
     # 1. check flags
     out, world_size = Path(output_dir), int(os.environ.get("WORLD_SIZE", 1))
+    names = [name.strip() for name in dataset.split(",") if name.strip()]
+    if dataset and not names:
+        raise ValueError(f"--dataset {dataset!r}: no name in it")
+    if overwrite and resume_from_checkpoint:
+        raise ValueError("--overwrite starts over and --resume_from_checkpoint goes on: give one of them")
     if data_path and dataset:
         raise ValueError(f"--data_path {data_path} and --dataset {dataset}: give one of them")
     positive = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "lora_r": lora_r}
@@ -1475,8 +1526,9 @@ def train(
         raise ValueError(f"--early_stopping_patience {early_stopping_patience} needs a validation set: --val_set_size")
     if load_in_8bit and load_in_4bit:
         raise ValueError("--load_in_8bit and --load_in_4bit: give one of them")
-    if lr_scheduler_type not in list(transformers.SchedulerType):
-        known = ", ".join(transformers.SchedulerType)
+    known = "linear cosine constant constant_with_warmup inverse_sqrt".split()  # the others need settings of their own
+    if lr_scheduler_type not in known:
+        known = ", ".join(known)
         raise ValueError(f"--lr_scheduler_type {lr_scheduler_type}: one of {known}")
     if wandb_project and not importlib.util.find_spec("wandb"):
         raise ValueError(f"--wandb_project {wandb_project}: the package is not installed: pip install wandb")
@@ -1549,22 +1601,16 @@ def train(
     if main:
         ours = ("run.json", "log.jsonl", "adapter", "plots", "runs")
         theirs = [p for p in out.glob("*") if p.name in ours or p.name.startswith("checkpoint-")]
-        if theirs and overwrite and not resume_from_checkpoint:
-            for path in theirs:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif (out / "run.json").exists() and not resume_from_checkpoint:
+        if theirs and not overwrite and not resume_from_checkpoint:
             raise ValueError(
                 f"--output_dir {output_dir} holds another run: continue it with --resume_from_checkpoint auto, replace "
                 "it with --overwrite, or choose another folder"
             )
-        out.mkdir(parents=True, exist_ok=True)
-    if world_size > 1:
-        dist.barrier()  # nobody writes before the old run is gone
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise ValueError(
-            f"--base_model {base_model}: its tokenizer is not of the tokenizers library, and has no offsets"
-        )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output_dir {output_dir} cannot be made: {error}") from None
+    tokenizer = load_tokenizer(base)
     template, separator = use_template(tokenizer, prompt_template)
     end_text, end_id = check_template(tokenizer, add_eos_token)
     # on the machine's own disk: the ranks of a machine are children of one launcher
@@ -1573,8 +1619,7 @@ def train(
         if args.local_process_index == 0:
             shutil.rmtree(tokens, ignore_errors=True)
             started = time.time()
-            names = [(name.strip(), dataset_dir) for name in dataset.split(",") if name.strip()]
-            sources = [find_dataset(*name) for name in names]
+            sources = [find_dataset(name, dataset_dir) for name in names]
             sources = sources or [(data_path or "data/tiny/train.jsonl", "train", None, None, None)]
             conversations = read_conversations(sources, separator, max_samples, seed)
             parts = zip(("train", "eval"), split_rows(len(conversations), val_set_size, seed), strict=True)
@@ -1597,7 +1642,8 @@ def train(
     if args.local_process_index == 0:
         shutil.rmtree(tokens)
 
-    ignored = "output_dir overwrite resume_from_checkpoint micro_batch_size logging_steps dataset_dir".split()
+    ignored = "output_dir overwrite resume_from_checkpoint micro_batch_size logging_steps".split()
+    ignored += "data_path dataset dataset_dir max_samples".split()  # data_sha256 says what they gave
     ignored += [name for name in flags if name.startswith("wandb_")]
     settings = {name: value for name, value in flags.items() if name not in ignored}
     settings |= {
@@ -1608,6 +1654,8 @@ def train(
 
     if not len(eval_set):  # a share of very few rows
         args.eval_strategy, args.metric_for_best_model = "no", None
+        if early_stopping_patience:
+            raise ValueError(f"--early_stopping_patience: --val_set_size {val_set_size} of these rows is none")
 
     # 4. model
     if getattr(config, "max_position_embeddings", None) and cutoff_len > config.max_position_embeddings:
@@ -1656,6 +1704,8 @@ def train(
     )
     steps_per_epoch = math.ceil(len(train_set) / batch_size)
     total_steps = max_steps or math.ceil(num_epochs * steps_per_epoch)
+    if total_steps == 1 and warmup_ratio:
+        raise ValueError("a run of one step learns nothing: in a warmup its learning rate is 0: give --warmup_ratio 0")
     args.save_steps = args.eval_steps = max(1, round(save_steps * total_steps) if save_steps < 1 else int(save_steps))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = LoraTrainer(
@@ -1675,10 +1725,14 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)
     report = Report(trainer, early_stopping_patience, logging_steps)
     trainer.add_callback(report)
+    if main and overwrite:  # not before everything about the new run has been checked
+        for path in theirs:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if main:
         from torch.utils.tensorboard import SummaryWriter
 
-        first = int(checkpoint.name.partition("-")[2]) + 1 if checkpoint else None
+        saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else None
+        first = saved["global_step"] + 1 if saved else None
         writer = SummaryWriter(str(out / "runs"), purge_step=first)
         trainer.add_callback(transformers.integrations.TensorBoardCallback(writer))
 
@@ -1700,9 +1754,11 @@ def train(
     how = "" if flags["learning_rate"] else f", from the model's family and its hidden size {config.hidden_size}"
     say(f"  rate        {learning_rate:.2e}{how}")
     say(f"  trainable   {num_trainable:,} of {num_all:,} parameters ({num_trainable / num_all:.2%})")
+    source = dataset or data_path or "data/tiny/train.jsonl"
     say(
-        f"  data        {got['examples']:,} examples, {lengths.sum():,} tokens, {int(train_set.learned.sum()):,} "
-        f"learned; {len(eval_set):,} for validation; template {template}; tokenized in {counts['seconds']:.1f} s"
+        f"  data        {source}: {got['examples']:,} examples, {lengths.sum():,} tokens, "
+        f"{int(train_set.learned.sum()):,} learned; {len(eval_set):,} for validation; template {template}; tokenized "
+        f"in {counts['seconds']:.1f} s"
     )
     for what, words in {
         "cut": f"cut at --cutoff_len {cutoff_len}",
@@ -1741,6 +1797,8 @@ def train(
         with no_copies:
             metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     except KeyboardInterrupt:
+        if main:
+            write_json(out / "run.json", run | {"status": "interrupted"})
         say(
             f"\ninterrupted after step {trainer.state.global_step}; continue with the same flags and "
             "--resume_from_checkpoint auto"

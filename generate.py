@@ -170,13 +170,15 @@ def read_file(path):
     except json.JSONDecodeError as error:
         number = number if path.suffix == ".jsonl" else error.lineno
         raise ValueError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (UnicodeDecodeError, csv.Error, OSError) as error:  # pyarrow's errors are OSError or ValueError
+    except (ValueError, RecursionError, csv.Error, OSError) as error:  # pyarrow's errors are OSError or ValueError
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{locate(path, index)}: a row must be an object with named fields, got {row!r:.80}")
+        if None in row:  # what csv calls the cells beyond the header's
+            raise ValueError(f"{locate(path, index)}: more cells than the header has: quote a text that holds commas")
     return rows
 
 
@@ -204,7 +206,9 @@ def read_rows(source, split="train", subset=None):
         files = [(file, name) for file, name in files if not any(part.startswith(".") for part in name.parts)]
         named = [file for file, name in files if split in re.split(r"[-_./]", str(name.with_suffix("")))]
         files = named or [file for file, _ in files]
-    if not files or files[0].suffix not in SUFFIXES:
+    if not files:
+        raise ValueError(f"{source}: no data files in this folder ({', '.join(SUFFIXES)})")
+    if files[0].suffix not in SUFFIXES:
         raise ValueError(f"{source}: not a data file; one of {', '.join(SUFFIXES)}, or a folder of them")
     tables = [read_file(file) for file in files]
 
@@ -370,6 +374,17 @@ def load_config(base):
         raise ValueError(f"--base_model {base} cannot be loaded: {error}") from error
 
 
+def load_tokenizer(base):
+    """Return the tokenizer in a folder or hub id."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{base}: its tokenizer cannot be loaded: {error}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(f"{base}: its tokenizer is not of the tokenizers library, which this needs")
+    return tokenizer
+
+
 def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
     """Load the frozen base model, a quantized one on `device`, any other on the CPU (ZeRO-3: sharded by DeepSpeed)."""
     quantization, kwargs = None, {}
@@ -385,9 +400,23 @@ def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
     if quantization:
         kwargs = {"quantization_config": quantization, "device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **kwargs)
-    except (OSError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, output_loading_info=True, **kwargs)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"--base_model {base_model} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"--base_model {base_model}: {len(missing)} tensors of its configuration are not in its files, and would "
+            f"be random: {', '.join(missing[:3])}"
+        )
+    for module in model.modules():
+        # on some CPUs bitsandbytes repacks 4-bit weights in place in the first forward without gradient, and training
+        # would go on with the wrong ones
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -583,7 +612,7 @@ def generate(
 
     # 2. prompts
     carries = lora_weights and (Path(lora_weights) / "tokenizer_config.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(lora_weights if carries else base)
+    tokenizer = load_tokenizer(lora_weights if carries else base)
     template, separator = use_template(tokenizer, prompt_template)
     references = [None]
     if data_path:

@@ -320,6 +320,22 @@ def test_quantized_bases_train_on_a_cpu(plain, tmp_path, bits):
     assert losses[2] < losses[0]
 
 
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_packing_changes_nothing_for_a_quantized_base(tmp_path, bits):
+    flags = {"max_steps": 4, "warmup_ratio": 0.0, bits: True}
+    packed, _ = run(tmp_path / "packed", **flags)
+    padded, _ = run(tmp_path / "padded", packing=False, **flags)
+    assert_same_curve(packed, padded, tolerance=5e-3)
+
+
+def test_a_base_with_missing_weights_is_refused(tmp_path):
+    shutil.copytree(ROOT / "data/tiny/model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(ValueError, match=r"9 tensors of its configuration are not in its files.*layers\.4\."):
+        run(tmp_path / "out", base_model=str(tmp_path / "model"))
+
+
 def test_early_stopping_keeps_the_best_and_the_last(tmp_path):
     flags = {"learning_rate": 0.02, "lr_scheduler_type": "constant", "save_steps": 1, "num_epochs": 20}
     records, record = run(tmp_path, early_stopping_patience=3, **flags)
@@ -419,6 +435,11 @@ def test_a_full_disk_is_a_message_and_costs_no_earlier_checkpoint(plain, tmp_pat
 def test_checkpoints_that_cannot_be_resumed_say_why(plain, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(plain[0], folder)
+    (folder / "checkpoint-99").mkdir()
+    (folder / "checkpoint-99" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="checkpoint-99/manifest.json is damaged"):
+        run(folder, resume_from_checkpoint="auto")
+    shutil.rmtree(folder / "checkpoint-99")
     with pytest.raises(ValueError, match="checkpoint-99 is not a whole checkpoint.*there are: checkpoint-"):
         run(folder, resume_from_checkpoint=str(folder / "checkpoint-99"))
     with pytest.raises(ValueError, match="another configuration .learning_rate: 0.003 then, 0.001 now"):
@@ -465,9 +486,16 @@ def test_interrupting_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         ({"cutoff_len": 20}, "no label is left in any of the 44 train rows.*--cutoff_len 20"),
         ({"lora_target_modules": ["q_proj", "qkv"]}, "the model has no qkv; its linear layers are .*q_proj"),
         ({"lora_target_modules": []}, "the model has no such name"),
+        ({"lora_target_modules": ["all-linear", "q_proj"]}, "all-linear stands alone"),
+        ({"lora_target_modules": ["norm"]}, "--lora_target_modules .*norm"),
+        ({"dataset": ",", "data_path": ""}, "no name in it"),
+        ({"seed": 2**32}, "--seed 4294967296 must be below"),
+        ({"max_steps": 1}, "a run of one step learns nothing.*--warmup_ratio 0"),
+        ({"overwrite": True, "resume_from_checkpoint": "auto"}, "give one of them"),
+        ({"val_set_size": 0.001, "early_stopping_patience": 1}, "--val_set_size 0.001 of these rows is none"),
         (
             {"lora_target_modules": ["lm_head"]},
-            "packed rows need a plain linear output layer, this model's is Linear .*--nopacking",
+            "packed rows need a plain linear output layer, this model's is peft.*--nopacking",
         ),
     ],
     ids=lambda value: str(value)[:40],
@@ -485,6 +513,14 @@ def test_an_output_folder_that_holds_another_run_is_kept_unless_told_otherwise(p
     with pytest.raises(ValueError, match="holds another run: continue it with --resume_from_checkpoint auto"):
         run(tmp_path / "copy")
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="no qkv"):  # with --overwrite, too, nothing goes before all is checked
+        run(tmp_path / "copy", overwrite=True, lora_target_modules=["qkv"])
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    (tmp_path / "theirs" / "checkpoint-500").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds another run"):
+        run(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="is not in --output_dir"):
+        run(tmp_path / "new", resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-6"))
     records, _ = run(tmp_path / "copy", overwrite=True, max_steps=2)
     assert len(records) == 3 and (tmp_path / "copy" / "notes.txt").read_text() == "mine"
 
