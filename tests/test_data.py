@@ -1258,7 +1258,22 @@ def test_tokenizing_by_word_gives_the_tokenizers_own_ids(bpe):
     assert to_ids.__code__.co_names == () or "by_word" in to_ids.__code__.co_freevars  # not the fallback
     rng = random.Random(0)
     alphabet = ["a", "B", "the", " ", "  ", "\n", "\t", "é", "e\u0301", "中", "🙂", "1", "234", "'s", ".", "-", "_"]
-    alphabet += ["<|im_end|>", "<|endoftext|>", "\u00a0", "Say", " says", "don't", "\r\n", "#"]
+    alphabet += [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "\u00a0",
+        "Say",
+        " says",
+        "don't",
+        "\r\n",
+        "#",
+        "=",
+        " (",
+        "<b>",
+        "$",
+        "'",
+        " 7",
+    ]
     texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(2000)]
     texts += [" ".join(rng.choices(["one", "two", "Three", "x"], k=9)) for _ in range(200)]
     assert to_ids(texts) == [backend.encode(text, add_special_tokens=False).ids for text in texts]
