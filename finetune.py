@@ -1615,7 +1615,7 @@ def train(
     template, separator = use_template(tokenizer, prompt_template)
     end_text, end_id = check_template(tokenizer, add_eos_token)
     # on the machine's own disk: the ranks of a machine are children of one launcher
-    tokens = Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}-{os.getpid() if world_size == 1 else os.getppid()}"
+    tokens = Path(tempfile.gettempdir()) / f"finetune-{os.getpid() if world_size == 1 else os.getppid()}"
     with args.main_process_first(local=True, desc="tokenizing"):
         if args.local_process_index == 0:
             shutil.rmtree(tokens, ignore_errors=True)
@@ -1809,7 +1809,7 @@ def train(
 
     # 8. save the best adapter, plots and the summary
     last = out / f"checkpoint-{state.global_step}"
-    best = Path(state.best_model_checkpoint or last)
+    best = out / f"checkpoint-{state.best_global_step}" if state.best_global_step else last
     if main:
         write_adapter(best, out / "adapter", len(trainable))
         records = read_log(report.log_path)
