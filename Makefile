@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict
+TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict --overwrite
 CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_docs.py
 
 .PHONY: help demo test slow check lint format clean
@@ -10,7 +10,7 @@ CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_d
 help:
 	@echo 'make demo    fine-tune the embedded tiny model on a CPU, and score it before and after'
 	@echo 'make test    the fast tests'
-	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed'
+	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed, a browser'
 	@echo 'make check   ruff, and the tests of what the scripts have in common: seconds'
 	@echo 'make lint    ruff alone; make format lets it rewrite'
 	@echo 'make clean   delete caches and unfinished output; out/ and .venv stay'
@@ -30,7 +30,7 @@ test: .venv/installed
 # killed run leaves behind, for which the next one would wait forever
 slow: export PATH := $(CURDIR)/$(BIN):$(PATH)
 slow: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
-slow: .venv/installed-deepspeed
+slow: .venv/installed-deepspeed .venv/installed-executorch .venv/installed-ui
 	@mkdir -p $(TORCH_EXTENSIONS_DIR) && find $(TORCH_EXTENSIONS_DIR) -name lock -type f -print -delete
 	$(BIN)/python -m pytest -m slow
 
@@ -58,4 +58,13 @@ clean:
 
 .venv/installed-deepspeed: .venv/installed requirements-deepspeed.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -r requirements-deepspeed.txt
+	@touch $@
+
+# an independent implementation of Meta's model, for the tests of export_state_dict.py; torch is all that it needs here
+.venv/installed-executorch: .venv/installed requirements-executorch.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-executorch.txt
+	@touch $@
+
+.venv/installed-ui: .venv/installed requirements-ui.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-ui.txt
 	@touch $@

@@ -2,7 +2,7 @@
 LoRA and QLoRA supervised fine-tuning of a causal language model on instruction data.
 
     reads    --data_path     instruction data in any of the forms of data/README.md, or --dataset, a name in
-                             --dataset_dir/dataset_info.json; without either, the embedded data/tiny/train.jsonl
+                             --dataset_dir/dataset_info.json; without either data/tiny/demonstrations.jsonl
              templates/      the chat template named by --prompt_template
     writes   --output_dir    run.json (flags, versions, counts, results), log.jsonl (a line a step), adapter/,
                              checkpoint-N/ (the best and the last), plots/, runs/ (TensorBoard)
@@ -1436,8 +1436,8 @@ def train(
 ):
     """Fine-tune a causal language model with LoRA on instruction data.
 
-    Without any flag it trains the embedded tiny model on the embedded problems (data/tiny/train.jsonl), in minutes
-    on a laptop CPU.
+    Without any flag it trains the embedded tiny model on the embedded data (data/tiny/demonstrations.jsonl), in
+    minutes on a laptop CPU.
 
     Args:
         base_model: hub id or folder of the model.
@@ -1621,7 +1621,7 @@ def train(
             shutil.rmtree(tokens, ignore_errors=True)
             started = time.time()
             sources = [find_dataset(name, dataset_dir) for name in names]
-            sources = sources or [(data_path or "data/tiny/train.jsonl", "train", None, None, None)]
+            sources = sources or [(data_path or "data/tiny/demonstrations.jsonl", "train", None, None, None)]
             conversations = read_conversations(sources, separator, max_samples, seed)
             parts = zip(("train", "eval"), split_rows(len(conversations), val_set_size, seed), strict=True)
             counts = {}
@@ -1755,7 +1755,7 @@ def train(
     how = "" if flags["learning_rate"] else f", from the model's family and its hidden size {config.hidden_size}"
     say(f"  rate        {learning_rate:.2e}{how}")
     say(f"  trainable   {num_trainable:,} of {num_all:,} parameters ({num_trainable / num_all:.2%})")
-    source = dataset or data_path or "data/tiny/train.jsonl"
+    source = dataset or data_path or "data/tiny/demonstrations.jsonl"
     say(
         f"  data        {source}: {got['examples']:,} examples, {lengths.sum():,} tokens, "
         f"{int(train_set.learned.sum()):,} learned; {len(eval_set):,} for validation; template {template}; tokenized "

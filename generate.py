@@ -1,33 +1,50 @@
 """
-Ask a base model, with or without a LoRA adapter, one question or a file of them.
+Ask a base model, with or without a LoRA adapter: one question, a chat, a file of questions, or a page for a browser.
 
-    reads    --base_model, --lora_weights (an adapter folder of finetune.py, or any PEFT adapter)
-             --prompt, or --data_path: any data file that finetune.py reads, or a text file with a prompt a line
-    writes   the answer to the terminal; for a file --output_path (a JSON line a prompt) and, with --score,
-             a summary beside it
+    reads    --base_model, --lora_weights (an adapter folder of finetune.py or ppo_gsm8k.py, or any PEFT adapter)
+             --prompt, or --data_path: any data file that finetune.py reads, or a text file with a prompt a line,
+             or --run: the validation rows of a fine-tuning run
+    writes   the answer to the terminal; for a file --output_path (a JSON line a prompt) and a summary beside it
     then     export_hf_checkpoint.py, or a closer look at the predictions
 
     one      python generate.py --prompt "Tom has 6 boxes with 7 coins in each. How many coins does Tom have now?"
+    a chat   python generate.py --chat
     a file   python generate.py --data_path data/tiny/test.jsonl --score gsm8k_strict
+    a run    python generate.py --run out/finetune --score rouge
+    a page   python generate.py --ui
     a GPU    python generate.py --base_model Qwen/Qwen2.5-0.5B --lora_weights out/finetune/adapter --prompt "Hello"
 
 The prompt goes through the chat template that the adapter or checkpoint carries, so the model sees the tokens that
-it was trained on; it stops at the token that ended its training answers.
+it was trained on; it stops at the token that ended its training answers. A file that was stopped, even with kill -9,
+goes on with the same command. To serve many users, take one of the servers whose commands are printed.
 
 Shapes in comments: B sequences, T tokens.
 """
 
+import codecs
+import contextlib
 import csv
 import difflib
 import functools
+import hashlib
+import hmac
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
+import queue
+import random
 import re
+import shlex
+import socket
+import statistics
 import sys
+import threading
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import get_type_hints
 
@@ -420,68 +437,42 @@ def load_base(base_model, dtype, load_in_8bit, load_in_4bit, device):
 
 
 # -----------------------------------------------------------------------------
-# prompts, scores
+# which model
 
 
-def read_prompts(data_path, separator, max_samples):
-    """Return (conversations, references) of a data file, folder or hub data set, or of the lines of a text file.
+def find_model(base_model, lora_weights, run):
+    """Return (base_model, lora_weights), filled in where they were not given.
 
-    A reference is the text of the answer that the row holds; None in a row without one, or of a text file.
+    An adapter names its base. Alone, --run means the adapter of that run; no flag at all the furthest that the
+    embedded default has come: its PPO adapter, else its fine-tuned one, else the embedded base.
     """
-    path = find_path(data_path)
-    if path and path.suffix == ".txt":
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--data_path {data_path}: cannot be read: {error}") from None
-        if not lines:
-            raise ValueError(f"--data_path {data_path}: no lines in it")
-        conversations = [[{"role": "user", "content": line}] for line in lines]
-        return conversations[: max_samples or None], [None] * len(lines[: max_samples or None])
-    rows, where = read_rows(data_path, "test")
-    conversations, references = [], []
-    for i, row in enumerate(rows[: max_samples or None]):
-        try:
-            form = detect_form(row)
-            conversations.append(to_messages(row, form, separator, need_response=False))
-        except ValueError as error:
-            raise ValueError(f"{where(i)}: {error}") from None
-        try:
-            references.append(to_messages(row, form, separator)[-1]["content"])
-        except ValueError:
-            references.append(None)
-    return conversations, references
+    if run and not base_model and not lora_weights:
+        lora_weights = str(Path(run) / "adapter")
+    if not base_model and not lora_weights:
+        for folder in ("out/ppo_gsm8k/adapter", "out/finetune/adapter"):
+            if (trained_on(folder) or "").endswith("data/tiny/model"):
+                return "data/tiny/model", folder
+        return "data/tiny/model", ""
+    if lora_weights and not (Path(lora_weights) / "adapter_config.json").exists():
+        raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
+    if not base_model:
+        base_model = trained_on(lora_weights)
+        if not base_model:
+            raise ValueError(f"--lora_weights {lora_weights}: it does not name its base model: give --base_model")
+        if find_path(base_model) is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+            raise ValueError(
+                f"--lora_weights {lora_weights} was trained on {base_model}, which is not there: give --base_model"
+            )
+    return base_model, lora_weights
 
 
-def final_number(text, method):
-    """Return the number that a GSM8K answer ends in, or None if there is none; as verl's reward_score/gsm8k.py does.
-
-    strict takes the last "#### number" and leaves its commas out; flexible the last number of any kind, as it stands.
-    """
-    if method == "strict":
-        found = [number.replace(",", "") for number in re.findall(r"#### (\-?[0-9\.\,]+)", text)]
-    else:
-        found = [number for number in re.findall(r"(\-?[0-9\.\,]+)", text) if number != "."]
-    return found[-1] if found else None
-
-
-def compute_score(solution_str, ground_truth, method="strict"):
-    """Return 1.0 if an answer's final number is `ground_truth` (a string without commas), else 0.0.
-
-    Only the last 300 characters of the answer are read, as in verl.
-    """
-    return float(final_number(solution_str[-300:], method) == ground_truth)
-
-
-def score_answer(answer, reference, method):
-    """Return the score of one answer against the reference answer, by the name that --score gives."""
-    if method == "exact":
-        return float(answer.strip() == reference.strip())
-    return compute_score(answer, final_number(reference, "strict"), method.removeprefix("gsm8k_"))
-
-
-# -----------------------------------------------------------------------------
-# model
+def trained_on(lora_weights):
+    """Return the base model that an adapter's configuration names; None without one, or without an adapter."""
+    path = Path(lora_weights) / "adapter_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.exists() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"--lora_weights {lora_weights} is damaged: {path.name}: {error}") from None
 
 
 def load_adapter(model, lora_weights):
@@ -518,14 +509,718 @@ def stop_ids(model, tokenizer, lora_weights):
     return [i for i in dict.fromkeys([*stops, end_of_turn(tokenizer)[1], tokenizer.eos_token_id]) if i is not None]
 
 
+def same_model(one, other):
+    """Whether two names of a model, folders or hub ids, are one place."""
+    paths = find_path(one), find_path(other)
+    return one == other or None not in paths and paths[0].samefile(paths[1])
+
+
+def fingerprint(base):
+    """Return a digest of the model or adapter in a folder: of its files, or of the commit of a hub model.
+
+    Of files above 64 MB it takes name, size and time of change in place of their content.
+    """
+    if not Path(base).exists():
+        return Path(transformers.utils.cached_file(base, "config.json")).parent.name
+    digest = hashlib.sha256()
+    for path in sorted(Path(base).iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".safetensors"):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size}\n".encode())
+            digest.update(path.read_bytes() if stat.st_size < 2**26 else str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def serve_commands(base_model, lora_weights, template, carried):
+    """Return the commands that serve the model to others, of vLLM and of transformers, as lines.
+
+    template is the name or file of --prompt_template, "" for the model's own; carried says whether the model or
+    adapter has a template of its own.
+    """
+    name = template or ("" if carried else "alpaca")
+    file = name if name.endswith(".jinja") else f"templates/{name}.jinja" if name else ""
+    base, folder = shlex.quote(base_model), shlex.quote(lora_weights)
+    if not lora_weights and file:
+        return [
+            f"vllm serve {base} --chat-template {file}",
+            "(transformers serve reads templates of model folders only)",
+        ]
+    if not lora_weights:
+        return [f"vllm serve {base}", f"transformers serve {base}"]
+    config = json.loads((Path(lora_weights) / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    fits = next((limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= rank), None)  # vLLM's choices
+    merge = f"python export_hf_checkpoint.py --base_model {base} --lora_weights {folder} --output_dir out/export"
+    if not rank or not fits or config.get("use_dora") or config.get("modules_to_save"):
+        return [merge, "vllm serve out/export", "transformers serve out/export"]  # vLLM serves no such adapter
+    vllm = f"vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules adapter={folder}"
+    vllm += f" --chat-template {file or folder + '/chat_template.jinja'}"
+    if (Path(lora_weights) / "generation_config.json").exists():
+        vllm += f" --generation-config {folder}"  # its end tokens
+    return [vllm, f"{merge} && transformers serve out/export"]
+
+
+# -----------------------------------------------------------------------------
+# prompts
+
+
+def read_each(source):
+    """Return (rows, where) as read_rows does, but in place of a row that cannot be read a ValueError that says why.
+
+    So in a .jsonl, .csv, .json or .txt file; a .txt file has a prompt a line. What makes the whole file unreadable
+    is an error here, too.
+    """
+    path, rows, numbers = find_path(source), [], []
+    if path is None or path.is_dir() or path.suffix not in (".jsonl", ".csv", ".json", ".txt"):
+        return read_rows(source, "test")
+    try:
+        if path.suffix in (".jsonl", ".txt"):
+            for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+                if not line.strip():
+                    continue
+                numbers.append(number)
+                try:
+                    text = line.removesuffix(b"\r").decode("utf-8")
+                    rows.append({"question": text} if path.suffix == ".txt" else json.loads(text))
+                except json.JSONDecodeError as error:
+                    rows.append(ValueError(f"not valid JSON: {error.msg} (column {error.colno})"))
+                except (ValueError, RecursionError) as error:
+                    rows.append(ValueError(f"cannot be read: {error}"))
+        elif path.suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+        else:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            rows = rows if isinstance(rows, list) else [rows]
+    except (ValueError, RecursionError, csv.Error, OSError):
+        return read_rows(source)  # which says where and why
+    if not rows:
+        raise ValueError(f"{path}: no rows in it")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict | ValueError):
+            rows[i] = ValueError(f"a row must be an object with named fields, got {row!r:.80}")
+        elif isinstance(row, dict) and None in row:  # what csv calls the cells beyond the header's
+            rows[i] = ValueError("more cells than the header has: quote a text that holds commas")
+    return rows, lambda i: f"{path}, line {numbers[i]}" if numbers else locate(path, i)
+
+
+def read_prompts(source, separator, max_samples):
+    """Return a dict a row: index, messages, and where it has an answer reference; where it cannot be used, error.
+
+    `row` is the row as it stands, for a score function that wants more of it.
+    """
+    rows, where = read_each(source)
+    items = []
+    for i, row in enumerate(rows[: max_samples or None]):
+        item = {"index": i}
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            form = detect_form(row)
+            item |= {"row": row, "messages": to_messages(row, form, separator, need_response=False)}
+        except ValueError as error:
+            item["error"] = f"{where(i)}: {error}"
+        else:
+            with contextlib.suppress(ValueError):
+                item["reference"] = to_messages(row, form, separator)[-1]["content"]
+        items.append(item)
+    return items
+
+
+def find_dataset(name, dataset_dir):
+    """Return (source, split, subset, form or None, num_samples) of a name in dataset_dir/dataset_info.json.
+
+    The file is LLaMA-Factory's: its keys, their precedence and their defaults are those of its data/parser.py. With
+    `columns` given, a column that is not listed is not read.
+    """
+    path = find_path(str(Path(dataset_dir) / "dataset_info.json"))
+    if path is None:
+        raise ValueError(f"--dataset {name}: there is no {dataset_dir}/dataset_info.json; see --dataset_dir")
+    known = read_file(path)[0]
+    if name not in known:
+        raise ValueError(f"--dataset {name}: not in {path}, which has: {', '.join(sorted(known))}")
+    entry = known[name]
+    shapes = {"file_name": str, "hf_hub_url": str, "columns": dict, "tags": dict, "num_samples": int, "split": str}
+    wrong = [k for k, kind in shapes.items() if isinstance(entry, dict) and k in entry and type(entry[k]) is not kind]
+    if not isinstance(entry, dict) or wrong or entry.get("num_samples", 1) < 1:
+        what = f"{wrong[0]} is {entry[wrong[0]]!r}" if wrong else f"{entry!r:.80}"
+        raise ValueError(f"--dataset {name}: the entry in {path} cannot be used: {what}")
+    if entry.get("ranking"):
+        raise ValueError(f"--dataset {name}: holds preference pairs (ranking), which supervised fine-tuning cannot use")
+    source = entry.get("hf_hub_url")
+    if source and entry.get("folder"):
+        raise ValueError(f"--dataset {name}: {path} names the folder {entry['folder']!r} of {source}: give file_name")
+    if not source and "file_name" in entry:
+        source = str(path.parent / entry["file_name"])
+        if not Path(source).exists():
+            raise ValueError(f"--dataset {name}: {path} names {entry['file_name']}, and {source} does not exist")
+    if not source:
+        kinds = ", ".join(key for key in entry if key.endswith(("_url", "file_name"))) or "no source at all"
+        raise ValueError(f"--dataset {name}: {path} gives {kinds}; only hf_hub_url and file_name can be read")
+    formatting, columns = entry.get("formatting", "alpaca"), entry.get("columns")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
+        raise ValueError(f"--dataset {name}: formatting {formatting!r} in {path}; known: alpaca, sharegpt, openai")
+    defaults = ALPACA | {"messages": "conversations"} if formatting != "openai" else {"messages": "messages"}
+    tags = (OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS) | entry.get("tags", {})
+    formatting = "alpaca" if formatting == "alpaca" else "sharegpt"
+    form = {"formatting": formatting, "columns": columns if columns is not None else defaults, "tags": tags}
+    return source, entry.get("split", "train"), entry.get("subset"), form, entry.get("num_samples")
+
+
+def read_conversations(sources, separator, max_samples, seed):
+    """Read every source and return its rows as conversations (lists of messages), a bad row being an error.
+
+    `num_samples` of dataset_info.json draws that many rows of a source, with repetition beyond its size, as
+    LLaMA-Factory does; `max_samples` then takes the first rows of each source.
+    """
+    conversations = []
+    for source, split, subset, form, num_samples in sources:
+        rows, where = read_rows(source, split, subset)
+        picked = range(len(rows))
+        if num_samples:
+            rng = random.Random(seed)
+            whole, rest = divmod(num_samples, len(rows))
+            picked = [*range(len(rows))] * whole + rng.sample(range(len(rows)), rest)
+        for i in picked[:max_samples] if max_samples else picked:
+            try:
+                conversations.append(to_messages(rows[i], form or detect_form(rows[i]), separator))
+            except ValueError as error:
+                raise ValueError(f"{where(i)}: {error}") from None
+    return conversations
+
+
+def split_rows(count, val_set_size, seed):
+    """Return (train, validation), two lists of row numbers in ascending order, the same for the same arguments.
+
+    val_set_size below 1 is a share of the rows, otherwise their number.
+    """
+    size = round(count * val_set_size) if val_set_size < 1 else int(val_set_size)
+    if size >= count:
+        raise ValueError(f"--val_set_size {val_set_size:g} takes {size} of {count} rows and leaves none to train on")
+    held_out = set(random.Random(seed).sample(range(count), size))
+    return [i for i in range(count) if i not in held_out], sorted(held_out)
+
+
+def read_flags(run):
+    """Return the flags in the run.json of a fine-tuning run, once they can give its validation rows."""
+    path = Path(run) / "run.json"
+    if not path.exists():
+        raise ValueError(f"--run {run}: no run.json there: give the --output_dir of a run of finetune.py")
+    names = "data_path dataset dataset_dir max_samples seed val_set_size prompt_template".split()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        flags = {name: found["flags"][name] for name in names} | {"rows": found["counts"]["eval"]["conversations"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--run {run}: its run.json is not that of a fine-tuning run: {error!r}") from None
+    if not flags["rows"]:
+        raise ValueError(f"--run {run} held no rows out: its --val_set_size was {flags['val_set_size']:g}")
+    return flags
+
+
+def read_validation(flags, separator, data_path):
+    """Return the validation rows of a fine-tuning run, in the form of read_prompts, drawn as finetune.py drew them.
+
+    data_path is where the run's data file is now, if it has moved.
+    """
+    names = [name.strip() for name in flags["dataset"].split(",") if name.strip()]
+    sources = [find_dataset(name, flags["dataset_dir"]) for name in names]
+    if data_path or not sources:
+        sources = [(data_path or flags["data_path"] or "data/tiny/demonstrations.jsonl", "train", None, None, None)]
+    conversations = read_conversations(sources, separator, flags["max_samples"], flags["seed"])
+    _, held_out = split_rows(len(conversations), flags["val_set_size"], flags["seed"])
+    if len(held_out) != flags["rows"]:
+        raise ValueError(
+            f"the run held {flags['rows']} rows out, but of {len(conversations)} rows its flags take {len(held_out)}: "
+            "the data has changed since"
+        )
+    items = [{"index": i, "messages": conversations[i][:-1], "row": {}} for i in held_out]
+    return [item | {"reference": conversations[item["index"]][-1]["content"]} for item in items]
+
+
+def encode_prompt(messages, tokenizer, max_new_tokens, context):
+    """Return the ids of a conversation as the chat template renders it, up to where the answer starts."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    except Exception as error:  # jinja2 has its own kinds, a template can raise, and half a character has no ids
+        raise ValueError(f"the chat template cannot render {messages!r:.200}: {error}") from error
+    if not ids:
+        raise ValueError("the chat template makes nothing of it")
+    if context and len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"{len(ids)} tokens of prompt and --max_new_tokens {max_new_tokens} are more than the {context} positions "
+            "of the model: shorten one of them"
+        )
+    return ids
+
+
+# -----------------------------------------------------------------------------
+# scores
+
+
+def final_number(text, method):
+    """Return the number that a GSM8K answer ends in, or None if there is none; as verl's reward_score/gsm8k.py does.
+
+    strict takes the last "#### number" and leaves its commas out; flexible the last number of any kind, as it stands.
+    """
+    if method == "strict":
+        found = [number.replace(",", "") for number in re.findall(r"#### (\-?[0-9\.\,]+)", text)]
+    else:
+        found = [number for number in re.findall(r"(\-?[0-9\.\,]+)", text) if number != "."]
+    return found[-1] if found else None
+
+
+def compute_score(solution_str, ground_truth, method="strict"):
+    """Return 1.0 if an answer's final number is `ground_truth` (a string without commas), else 0.0.
+
+    Only the last 300 characters of the answer are read, as in verl.
+    """
+    return float(final_number(solution_str[-300:], method) == ground_truth)
+
+
+def rouge(answer, reference):
+    """Return the F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004, sections 2 and 3.1) of an answer, without stemming.
+
+    Of text in the Latin alphabet the tokens are those of the rouge_score package: words in lower case. Scripts that
+    put no spaces between words (Chinese, Japanese, Thai, ...) count by the character.
+    """
+    alone = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    a, b = (re.findall(rf"[{alone}]|[^\W_{alone}]+", text.lower()) for text in (answer, reference))
+    common = {}
+    for n in (1, 2):
+        grams = [Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (a, b)]
+        common[f"rouge{n}"] = ((grams[0] & grams[1]).total(), *(counts.total() for counts in grams))
+    # longest common subsequence, one bit a token of `a` (Hyyro 2004): zeros mark where it grows
+    places, row = {}, (1 << len(a)) - 1
+    for i, token in enumerate(a):
+        places[token] = places.get(token, 0) | 1 << i
+    for token in b:
+        matches = row & places.get(token, 0)
+        row = (row + matches | row - matches) & (1 << len(a)) - 1
+    common["rougeL"] = (len(a) - row.bit_count(), len(a), len(b))
+    return {name: 2 * same / (x + y) if x + y else 0.0 for name, (same, x, y) in common.items()}
+
+
+def score_answer(answer, reference, method):
+    """Return the score of one answer against the reference answer, by the name that --score gives."""
+    if method == "exact":
+        return float(answer.strip() == reference.strip())
+    return compute_score(answer, final_number(reference, "strict"), method.removeprefix("gsm8k_"))
+
+
+def check_references(items, score):
+    """Refuse rows that hold no answer that `score` could compare with."""
+    number = score.startswith("gsm8k")
+    lost = [item for item in items if "reference" not in item]
+    lost = lost or [item for item in items if number and final_number(item["reference"], "strict") is None]
+    if lost:
+        what = "'#### number'" if "reference" in lost[0] else "answer"
+        place = f"row {lost[0]['index'] + 1}" + (f" and {len(lost) - 1} others" if len(lost) > 1 else "")
+        raise ValueError(f"--score {score}: no {what} to compare with in {place}")
+
+
+def load_function(score):
+    """Return the function that --score path.py:function names."""
+    path, _, name = score.rpartition(":")
+    if find_path(path) is None:
+        raise ValueError(f"--score {score}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, find_path(path))
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file does
+        raise ValueError(f"--score {score}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--score {score}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def score_item(answer, item, source, score, function):
+    """Return {"score": ..., and what else the score gives} of one answer.
+
+    A function of the user's is called as verl calls one (its reward_score): of a row in verl's schema with that
+    row's values, of any other with the source, the reference and {"index": ...}. It returns a number or a dict with
+    a number as `score`.
+    """
+    if score == "rouge":
+        found = rouge(answer, item["reference"])
+        return {"score": found["rougeL"]} | found
+    if not function:
+        return {"score": score_answer(answer, item["reference"], score)}
+    row = item["row"]
+    given = {"data_source": row.get("data_source", source), "solution_str": answer}
+    given["ground_truth"] = (row.get("reward_model") or {}).get("ground_truth", item.get("reference"))
+    given["extra_info"] = row.get("extra_info") or {"index": item["index"]}
+    try:
+        found = function(**given)
+        found = dict(found) if isinstance(found, dict) else {"score": found}
+        found["score"] = float(found["score"])
+        if not math.isfinite(found["score"]):
+            raise ValueError(f"the score is {found['score']}")
+        json.dumps(found)
+    except Exception as error:  # whatever the user's function does
+        raise ValueError(
+            f"--score {score}: of row {item['index']} it gave {type(error).__name__}: {error}. The answers are kept: "
+            "the same command scores them again"
+        ) from error
+    return found
+
+
+def mean_and_error(values):
+    """Return the mean of a list of numbers and its standard error (of one number: None)."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), spread
+
+
+# -----------------------------------------------------------------------------
+# answers
+
+
+def check_sampling(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty, seed):
+    """Refuse settings that are out of their range, and those that would do nothing."""
+    if not (0 <= temperature < math.inf and 0 < repetition_penalty < math.inf and 0 < top_p <= 1 and top_k >= 0):
+        raise ValueError(
+            "--temperature and --top_k must not be negative, --repetition_penalty above 0, --top_p in (0, 1]"
+        )
+    if num_beams < 1 or max_new_tokens < 1:
+        raise ValueError("--num_beams and --max_new_tokens must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed} must not be negative, and below 2**32")
+    if not temperature and (top_p != 1 or top_k):
+        raise ValueError("--top_p and --top_k do nothing at --temperature 0: set a temperature")
+    if num_beams > 1 and temperature:
+        raise ValueError(f"--num_beams {num_beams} searches and --temperature {temperature} samples: give one of them")
+
+
+def to_generation_config(stops, *, temperature, top_p, top_k, seed, **settings):
+    """Return the GenerationConfig of the sampling flags, each set: what is not set, transformers fills in."""
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
+    # padding is masked, and what follows a stop is dropped: any token of the model does, but the tokenizer's own
+    # padding token may have been added to it alone
+    ends = {"eos_token_id": stops or None, "pad_token_id": stops[0] if stops else 0}
+    return GenerationConfig(do_sample=temperature > 0, **settings, **sampling, **ends)
+
+
+def answer_batch(model, batch, config, stops, **kwargs):
+    """Return [(the ids of the answer without its end token, whether it was cut before one)] of prompts (ids)."""
+    longest = max(len(ids) for ids in batch)
+    # padded with its own first token: a repetition penalty counts masked tokens, too
+    ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in batch], device=model.device)  # [B, T]
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+    rows = [row.tolist() for row in out[:, longest:]]
+    ends = [next((i for i, token in enumerate(row) if token in stops), None) for row in rows]
+    return [(row[:end], end is None) for row, end in zip(rows, ends, strict=True)]
+
+
+def stream_answer(model, tokenizer, ids, config, stops):
+    """Yield (the answer so far, None) as tokens come, and at the end (the answer, whether it was cut).
+
+    The model works in a thread, which stops at its next token once the caller no longer listens.
+    """
+    ready, closed = queue.SimpleQueue(), threading.Event()
+
+    class Streamer(transformers.generation.BaseStreamer):
+        def put(self, tokens):
+            ready.put(tokens.flatten().tolist())
+
+        def end(self):
+            pass
+
+    def work():
+        stopped = lambda ids, scores, **kwargs: torch.full((len(ids),), closed.is_set(), device=ids.device)
+        streamer = Streamer() if config.num_beams == 1 else None  # beams are known at the end only
+        try:
+            ready.put(answer_batch(model, [ids], config, stops, streamer=streamer, stopping_criteria=[stopped])[0])
+        except BaseException as error:  # belongs to the caller's thread
+            ready.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        new, prompt = [], True
+        while isinstance(item := ready.get(), list):
+            if not prompt:  # the first that a streamer is given
+                new += [token for token in item if token not in stops]
+                # the bytes of a character can be several tokens
+                yield tokenizer.decode(new, skip_special_tokens=True).rstrip("\ufffd"), None
+            prompt = False
+        if isinstance(item, BaseException):
+            raise item
+        yield tokenizer.decode(item[0], skip_special_tokens=True), item[1]
+    finally:
+        closed.set()
+        thread.join()
+
+
+def print_answer(stream):
+    """Print an answer as it comes; returns (answer, whether it was cut). Ctrl-C ends it where it is."""
+    shown, cut = "", None
+    try:
+        for text, cut in stream:  # noqa: B007
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    except KeyboardInterrupt:
+        stream.close()
+    print()
+    return shown, cut
+
+
+def chat_in_terminal(stream, prompt, limit):
+    """Ask, answer, and remember, until /exit or the end of the input; returns the messages."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() its history and editing)
+
+    print("/new forgets the conversation, /exit ends it, Ctrl-C ends an answer")
+    messages = []
+    while True:
+        if prompt:
+            print(f"> {prompt}")
+        try:
+            text = prompt or input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return messages
+        prompt = ""
+        if text == "/exit":
+            return messages
+        if text in ("", "/new"):
+            messages = [] if text else messages
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            answer, cut = print_answer(stream(messages))
+        except ValueError as error:
+            print(f"error: {error}, or /new")
+            messages.pop()
+            continue
+        if cut:
+            print(f"(cut at --max_new_tokens {limit})")
+        messages.append({"role": "assistant", "content": answer})
+
+
+# -----------------------------------------------------------------------------
+# a file that can be stopped
+
+
+def differences(before, now):
+    """Return the settings of two runs that differ, in words."""
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    long = ("model", "adapter", "prompts")  # digests: their values say nothing
+    return ", ".join(name if name in long else f"{name} {before.get(name)} -> {now.get(name)}" for name in names)
+
+
+def read_answers(target, settings, batches):
+    """Return ({index: answer}, bytes of the log to keep) of what an earlier run of the same settings has written.
+
+    The log's first line holds the settings, the others the answers of one batch after the other. A line torn by
+    kill -9, and a batch that is not whole, are left out: that batch is answered again.
+    """
+    log, summary = Path(f"{target}.incomplete"), target.with_name("summary.json")
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    way_out = "give the same ones again, start over with --overwrite, or choose another --output_dir"
+    if lines:
+        try:
+            before = json.loads(lines[0])["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{log}: not a file that generate.py began: move it, or --overwrite it") from None
+        if len(lines) > 1 and before != settings:
+            raise ValueError(f"{log} was begun with other settings ({differences(before, settings)}): {way_out}")
+        done, size, rest = {}, len(lines[0]) + 1, iter(lines[1:])
+        for batch in batches if before == settings else []:
+            some = list(itertools.islice(rest, len(batch)))
+            try:
+                records = {record["index"]: record for record in map(json.loads, some)}
+            except (ValueError, KeyError, TypeError):
+                break
+            if list(records) != batch:
+                break
+            done, size = done | records, size + sum(len(line) + 1 for line in some)
+        return done, size if before == settings else 0
+    if not target.exists():
+        return {}, 0
+    try:
+        before = json.loads(summary.read_text(encoding="utf-8"))["settings"]
+        records = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
+        done = {record["index"]: record for record in records if "prediction" in record}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{target} is there already: replace it with --overwrite") from None
+    if before != settings or sorted(done) != sorted(itertools.chain(*batches)):
+        why = differences(before, settings) or "rows are missing"
+        raise ValueError(f"{target} holds the answers of other settings ({why}): {way_out}")
+    return done, 0
+
+
+def write_answers(path, rows):
+    """Write rows as JSON lines beside `path` and rename the file, so that `path` is never half written."""
+    partial = Path(f"{path}.sorted.incomplete")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def answer_missing(log, size, settings, batches, done, answer):
+    """Answer the batches that are not in `done`, adding each to it and to the log after its first `size` bytes.
+
+    `answer(n, batch)` returns the records of the n-th batch.
+    """
+    from tqdm import tqdm
+
+    total, tokens, started = sum(len(batch) for batch in batches), 0, time.time()
+    with (
+        open(log, "r+b" if log.exists() else "wb") as file,
+        tqdm(total=total, initial=len(done), unit="prompt", disable=None) as bar,
+    ):
+        file.truncate(size)
+        file.seek(size)
+        if not size:
+            file.write(json.dumps({"settings": settings}).encode() + b"\n")
+        try:
+            for n, batch in enumerate(batches):
+                if batch[0] in done:
+                    continue
+                records = answer(n, batch)
+                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+                file.flush()
+                done |= {record["index"]: record for record in records}
+                tokens += sum(record["tokens"] for record in records)
+                bar.update(len(batch))
+                bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tok/s")
+        except KeyboardInterrupt:
+            raise SystemExit(f"{len(done):,} of {total:,} answers are in {log}: the same command goes on") from None
+    seconds = time.time() - started
+    print(f"{total:,} answers, {tokens:,} new tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tok/s")
+
+
+def finish(target, items, done, summary, score, source, function):
+    """Score the answers, write them in the order of the rows, and the summary beside them; returns the summary."""
+    rows, scores = [], []
+    for item in items:
+        row = {name: item[name] for name in ("index", "messages", "reference", "error") if name in item}
+        if "error" not in item:
+            row |= {name: done[item["index"]][name] for name in ("prediction", "cut", "tokens")}
+            if score:
+                scores.append(score_item(row["prediction"], item, source, score, function))
+                row |= {name: value for name, value in scores[-1].items() if name not in row}
+        rows.append(row)
+    answered = [row for row in rows if "prediction" in row]
+    summary |= {"rows": len(rows), "answered": len(answered), "cut": sum(row["cut"] for row in answered)}
+    summary["tokens"] = sum(row["tokens"] for row in answered)
+    if score:
+        names = [name for name, value in scores[0].items() if isinstance(value, int | float)]
+        means = {name: mean_and_error([one[name] for one in scores]) for name in names}
+        summary |= {"score": score, "mean": means["score"][0], "standard_error": means["score"][1]}
+        summary["means"] = {name: mean for name, (mean, _) in means.items() if name != "score"}
+    write_json(target.with_name("summary.json"), summary)
+    write_answers(target, rows)
+    Path(f"{target}.incomplete").unlink(missing_ok=True)
+    return summary
+
+
+# -----------------------------------------------------------------------------
+# a page
+
+
+def check_address(host, port, password):
+    """Refuse an address that cannot be listened on, or that others reach without a password; returns the port."""
+    if host not in ("127.0.0.1", "localhost", "::1") and not password:
+        raise ValueError(
+            f"--host {host} lets others in: set a password, in the environment as LOOSELEAF_PASSWORD (other users of "
+            "this machine can read a --password)"
+        )
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: from 1 to 65535, or 0 for any that is free")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+    except OSError as error:
+        way_out = "choose another --port, or 0 for any that is free"
+        raise ValueError(f"--host {host} --port {port} cannot be listened on: {error.strerror}: {way_out}") from None
+
+
+def open_page(stream, title, sampling, context, examples, host, port, password):
+    """Serve a chat page until Ctrl-C; `stream(messages, **sampling)` yields answers as stream_answer does."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio
+
+    bounds = {"max_new_tokens": (1, context or 4096, 1), "temperature": (0, 2, 0.05), "top_p": (0.05, 1, 0.05)}
+    bounds |= {"top_k": (0, 200, 1), "num_beams": (1, 8, 1), "repetition_penalty": (0.5, 2, 0.05)}
+
+    def control(name, value):
+        label = name.replace("_", " ")
+        if name not in bounds:
+            return gradio.Number(value, precision=0, label=label)
+        low, high, step = bounds[name]
+        return gradio.Slider(min(low, value), max(high, value), value, step=step, label=label)
+
+    def reply(text, history, *values):
+        messages = []
+        for turn in [*history, {"role": "user", "content": text}]:
+            parts = [turn["content"]] if isinstance(turn["content"], str) else [p["text"] for p in turn["content"]]
+            messages.append({"role": turn["role"], "content": "".join(parts)})
+        try:
+            if None in values:
+                raise ValueError("a sampling setting is empty")
+            given = {name: type(sampling[name])(value) for name, value in zip(sampling, values, strict=True)}
+            check_sampling(**given)
+            for answer, cut in stream(messages, **given):  # noqa: B007
+                yield answer
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+        if cut:
+            gradio.Info("The answer was cut at max new tokens.")
+
+    with gradio.Blocks(title="looseleaf", fill_height=True) as page:
+        with gradio.Sidebar(position="right", width=340):
+            gradio.Markdown(
+                "### Sampling\nAt temperature 0 the likeliest token is taken: leave top p at 1, top k at 0."
+            )
+            controls = [control(name, value) for name, value in sampling.items()]
+        gradio.Markdown(f"## looseleaf\n{title}")
+        gradio.ChatInterface(
+            reply,
+            # as the model wrote it: Markdown would take "#### 42" for a heading
+            chatbot=gradio.Chatbot(render_markdown=False, show_label=False, buttons=["copy"], scale=1),
+            additional_inputs=controls,
+            examples=[[text] for text in examples],
+            cache_examples=False,
+            run_examples_on_click=False,
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+    auth = (lambda user, given: hmac.compare_digest(given.encode(), password.encode())) if password else None
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        auth=auth,
+        auth_message="Any user name, and the password.",
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none of another site
+        footer_links=[],
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()
+
+
 def generate(
     *,
     base_model: str = "",
     lora_weights: str = "",
     prompt: str = "",
     input: str = "",
+    chat: bool = False,
     data_path: str = "",
-    output_path: str = "",
+    run: str = "",
+    output_dir: str = "out/generate",
+    overwrite: bool = False,
     score: str = "",
     prompt_template: str = "",
     # sampling
@@ -536,26 +1231,34 @@ def generate(
     num_beams: int = 1,
     repetition_penalty: float = 1.0,
     seed: int = 42,
-    # run
+    # a page
+    ui: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    password: str = "",
+    # memory and speed
     max_samples: int = 0,
-    micro_batch_size: int = 64,
+    micro_batch_size: int = 32,
     dtype: str = "auto",
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ):
-    """Answer one prompt, or every prompt of a file, with a model and its chat template.
+    """Answer one prompt, a chat, every prompt of a file, or a page in the browser, with a model and its chat template.
 
-    Without any flag it asks data/tiny/model, with out/finetune/adapter if that is there, the first test problem.
-    --data_path may also be a .txt file with a prompt a line.
+    Without any flag it asks the embedded model the first test problem, with the adapter of out/ppo_gsm8k or else
+    out/finetune if one is there. --data_path may also be a .txt file with a prompt a line.
 
     Args:
         base_model: hub id or folder of the model.
         lora_weights: folder of a LoRA adapter. Empty: the base model alone.
         prompt: the question.
         input: further text that the question is about, as in alpaca's rows.
+        chat: talk in the terminal, over several turns; --prompt is then the first.
         data_path: data file, folder of data files or hub id, in any of the forms of data/README.md.
-        output_path: JSON lines file for the answers to --data_path. Empty: predictions.jsonl in out/generate.
-        score: compare with the file's own answers: gsm8k_strict, gsm8k_flexible or exact.
+        run: folder of a run of finetune.py: answer its validation rows, with its adapter unless told otherwise.
+        output_dir: where everything of this run is written.
+        overwrite: replace what an earlier run left in --output_dir.
+        score: gsm8k_strict, gsm8k_flexible, exact, rouge or path.py:function: compare with the file's own answers.
         prompt_template: chat template: a name of templates/ or a .jinja file. Empty: what the model carries, or alpaca.
         max_new_tokens: longest answer, in tokens.
         temperature: of sampling; 0 takes the likeliest token. Above 0, --micro_batch_size changes what is drawn.
@@ -564,6 +1267,10 @@ def generate(
         num_beams: beams of a beam search; 1 for none.
         repetition_penalty: above 1 makes tokens that are there already less likely.
         seed: of everything random.
+        ui: open a chat page for the browser; needs gradio (requirements-ui.txt).
+        host: address that the page listens on; any but this machine's own needs a password.
+        port: of the page; 0 for any that is free.
+        password: for the page, with any user name; better as LOOSELEAF_PASSWORD in the environment.
         max_samples: use only the first so many rows of each source; 0 for all.
         micro_batch_size: examples that one device processes at a time; only rounding, memory and speed depend on it.
         dtype: of the base weights: auto (bfloat16 on a GPU that has it, else float32), bfloat16, float16 or float32.
@@ -571,170 +1278,174 @@ def generate(
         load_in_4bit: quantize the base to NF4 with bitsandbytes (QLoRA).
     """
     # 1. check flags
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling |= {"num_beams": num_beams, "repetition_penalty": repetition_penalty, "seed": seed}
+    check_sampling(**sampling)
     if prompt and data_path:
         raise ValueError("--prompt and --data_path: give one of them")
+    wanted = [name for name, on in {"chat": chat, "ui": ui, "run or --data_path": data_path or run}.items() if on]
+    if len(wanted) > 1 or prompt and (run or ui):
+        raise ValueError(f"{' and '.join('--' + name for name in ['prompt'] * bool(prompt) + wanted)}: one at a time")
+    given = {"score": score, "overwrite": overwrite, "output_dir": output_dir != "out/generate"}
+    if any(given.values()) and not (data_path or run):
+        raise ValueError(f"{' and '.join('--' + n for n in given if given[n])} needs a file: --data_path, or --run")
     if input and not prompt:
         raise ValueError("--input goes with --prompt")
-    if score and not data_path:
-        raise ValueError(f"--score {score} needs --data_path, a file that holds the right answers")
-    if score not in ("", "gsm8k_strict", "gsm8k_flexible", "exact"):
-        raise ValueError(f"--score {score}: one of gsm8k_strict, gsm8k_flexible, exact")
-    if output_path and not data_path:
-        raise ValueError(f"--output_path {output_path} goes with --data_path")
-    target = Path(output_path or "out/generate/predictions.jsonl")
-    if target.is_dir():
-        raise ValueError(f"--output_path {target} is a folder: name a file, such as {target / 'predictions.jsonl'}")
+    if max_samples and (not data_path or run):
+        raise ValueError(f"--max_samples {max_samples} goes with --data_path; a --run has its own")
+    if micro_batch_size < 1 or max_samples < 0:
+        raise ValueError("--micro_batch_size must be at least 1, --max_samples not negative")
+    function = load_function(score) if ".py:" in score else None
+    if not function and score not in ("", "gsm8k_strict", "gsm8k_flexible", "exact", "rouge"):
+        raise ValueError(f"--score {score}: one of gsm8k_strict, gsm8k_flexible, exact, rouge, or path.py:function")
+    target = Path(output_dir) / "predictions.jsonl"
     if data_path and find_path(data_path) and target.exists() and target.samefile(find_path(data_path)):
-        raise ValueError(f"--output_path {target} is the file of --data_path: the answers would replace it")
-    if not (0 <= temperature < math.inf and 0 < repetition_penalty < math.inf and 0 < top_p <= 1 and top_k >= 0):
-        raise ValueError(
-            "--temperature and --top_k must not be negative, --repetition_penalty above 0, --top_p in (0, 1]"
-        )
-    if num_beams < 1 or max_new_tokens < 1 or micro_batch_size < 1:
-        raise ValueError("--num_beams, --max_new_tokens and --micro_batch_size must be at least 1")
-    if max_samples < 0 or not 0 <= seed < 2**32:
-        raise ValueError("--max_samples and --seed must not be negative, --seed below 2**32")
-    if not temperature and (top_p != 1 or top_k):
-        raise ValueError("--top_p and --top_k do nothing at --temperature 0: set a temperature")
-    if num_beams > 1 and temperature:
-        raise ValueError(f"--num_beams {num_beams} searches and --temperature {temperature} samples: give one of them")
+        raise ValueError(f"--data_path {data_path}: the answers would replace it: choose another --output_dir")
     if load_in_8bit and load_in_4bit:
         raise ValueError("--load_in_8bit and --load_in_4bit: give one of them")
-    if not base_model:
-        base_model = "data/tiny/model"
-        trained = Path("out/finetune/adapter")
-        lora_weights = lora_weights or (str(trained) if (trained / "adapter_config.json").exists() else "")
-    if lora_weights and not (Path(lora_weights) / "adapter_config.json").exists():
-        raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
+    if ui:
+        password = password or os.environ.get("LOOSELEAF_PASSWORD", "")
+        port = check_address(host, port, password)
+        if not importlib.util.find_spec("gradio"):
+            raise ValueError("--ui needs gradio: pip install gradio, or the exact set of requirements-ui.txt")
+    elif password or (host, port) != ("127.0.0.1", 7860):
+        raise ValueError("--host, --port and --password belong to a page: --ui")
+    flags_of_run = read_flags(run) if run else {}
+    base_model, lora_weights = find_model(base_model, lora_weights, run)
     base, base_dtype = find_base(base_model), pick_dtype(dtype)
+    dtype = str(base_dtype).removeprefix("torch.")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     quiet_libraries()
 
-    # 2. prompts
+    # 2. template
     carries = lora_weights and (Path(lora_weights) / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(lora_weights if carries else base)
+    has_template = bool(tokenizer.chat_template)
+    if run and not has_template:
+        prompt_template = prompt_template or flags_of_run["prompt_template"]
     template, separator = use_template(tokenizer, prompt_template)
-    references = [None]
-    if data_path:
-        conversations, references = read_prompts(data_path, separator, max_samples)
-        if score and None in references:
-            raise ValueError(f"--score {score}: {references.count(None)} rows of {data_path} hold no answer to compare")
-        if score.startswith("gsm8k"):
-            lost = [i for i, text in enumerate(references) if final_number(text, "strict") is None]
-            if lost:
-                raise ValueError(
-                    f"--score {score}: the answer in row {lost[0] + 1} of {data_path} has no '#### number'"
-                )
-    else:
-        if not prompt:
-            prompt = read_file(find_path("data/tiny/test.jsonl"))[0]["question"]
-        conversations = [[{"role": "user", "content": prompt + (separator + input if input else "")}]]
-    texts = []
-    for i, messages in enumerate(conversations):
-        try:
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # jinja2 has its own kinds, and a template can raise
-            raise ValueError(f"prompt {i + 1}: the chat template cannot render {messages!r:.200}: {error}") from error
-    prompts = tokenizer(texts, add_special_tokens=False).input_ids
-    if [] in prompts:
-        raise ValueError(f"prompt {prompts.index([]) + 1}: the chat template {template} makes nothing of it")
     config = load_config(base)
     limit_threads(config)
     context = getattr(config, "max_position_embeddings", None)
-    long = [i for i, ids in enumerate(prompts) if context and len(ids) + max_new_tokens > context]
-    if long:
-        raise ValueError(
-            f"prompt {long[0] + 1} has {len(prompts[long[0]])} tokens; with --max_new_tokens {max_new_tokens} that is "
-            f"more than the {context} positions of the model ({len(long)} such prompts): shorten it, or the answer"
-        )
-
-    # 3. model
-    set_seed(seed)
-    model = load_base(base, base_dtype, load_in_8bit, load_in_4bit, device)
-    if not (load_in_8bit or load_in_4bit):
-        model.to(device)
-    stops = stop_ids(model, tokenizer, lora_weights)
-    # padding is masked, and what follows a stop is dropped: any token of the model does, but the tokenizer's own
-    # padding token may have been added to it alone
-    pad_id = stops[0] if stops else 0
-    # every setting is given here: what the model's own generation_config.json says must not leak in
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        num_beams=num_beams,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=stops or None,
-        pad_token_id=pad_id,
-        **sampling,
-    )
-    model.generation_config = config  # before peft wraps the model: a wrapper of no task type would keep it to itself
-    if lora_weights:
-        model = load_adapter(model, lora_weights)
-    model.eval()
-    dtype = str(base_dtype).removeprefix("torch.")
     print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {dtype}  template {template}")
+    other = trained_on(lora_weights) if lora_weights else None
+    if other and not same_model(other, base_model):
+        print(f"  note     the adapter was trained on {other}: it may belong to another model than {base_model}")
+    for line in serve_commands(base_model, lora_weights, prompt_template, has_template):
+        print(f"  serve    {line}")
 
-    def answer(batch, streamer=None):
-        """Return the new token ids of a batch of prompts, as lists up to and without the end token."""
-        longest = max(len(ids) for ids in batch)
-        # padded with its own first token: a repetition penalty counts masked tokens, too
-        ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in batch], device=device)  # [B, T]
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=device)
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-        rows = [row.tolist() for row in out[:, longest:]]
-        ends = [next((i for i, token in enumerate(row) if token in stops), None) for row in rows]
-        return [(row[:end], end is None) for row, end in zip(rows, ends, strict=True)]
+    # 3. prompts, and what is answered already
+    if data_path or run:
+        if run:
+            items = read_validation(flags_of_run, separator, data_path)
+        else:
+            items = read_prompts(data_path, separator, max_samples)
+    else:
+        if not (prompt or chat or ui):
+            prompt = read_file(find_path("data/tiny/test.jsonl"))[0]["question"]
+        text = prompt + (separator + input if input else "")
+        items = [{"index": 0, "messages": [{"role": "user", "content": text}]}] if prompt and not chat else []
+    for item in items:
+        try:
+            if "error" not in item:
+                item["ids"] = encode_prompt(item["messages"], tokenizer, max_new_tokens, context)
+        except ValueError as error:
+            place = f"row {item['index'] + 1} of {data_path or run}" if data_path or run else "--prompt"
+            item["error"] = f"{place}: {error}"
+    good, bad = [item for item in items if "ids" in item], [item for item in items if "error" in item]
+    if bad and not good:
+        raise ValueError(bad[0]["error"])
+    if score and not function:
+        check_references(good, score)
+    for item in bad[:5]:
+        print(f"  left out {item['error']}")
+    if data_path or run:
+        # batches of like length, the longest first: what does not fit into memory fails at once
+        order = [item["index"] for item in sorted(good, key=lambda item: -len(item["ids"]))]
+        batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
+        prompts = [[item["index"], item.get("ids"), item.get("messages"), item.get("reference")] for item in items]
+        settings = {"model": fingerprint(base), "adapter": fingerprint(lora_weights) if lora_weights else None}
+        settings |= {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(), **sampling, "device": device}
+        settings |= {"micro_batch_size": micro_batch_size, "dtype": dtype, "load_in_8bit": load_in_8bit}
+        settings |= {"load_in_4bit": load_in_4bit, "torch": torch.__version__, "transformers": transformers.__version__}
+        log = Path(f"{target}.incomplete")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output_dir {output_dir} cannot be made: {error}") from None
+        done, size = ({}, 0) if overwrite else read_answers(target, settings, batches)
+        if done:
+            print(f"  resumed  {len(done):,} of {len(good):,} answers were there already")
 
-    # 4. one answer, to the terminal
-    if not data_path:
-        streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        print(f"> {conversations[0][-1]['content']}", flush=True)
-        (ids, cut), *_ = answer(prompts, streamer if num_beams == 1 else None)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if num_beams > 1:
-            print(text)
+    # 4. model
+    if not (data_path or run) or len(done) < len(good):
+        model = load_base(base, base_dtype, load_in_8bit, load_in_4bit, device)
+        if not (load_in_8bit or load_in_4bit):
+            model.to(device)
+        stops = stop_ids(model, tokenizer, lora_weights)
+        # nothing of the model's own generation_config.json may leak into a request; before peft wraps the model: a
+        # wrapper of no task type would keep it to itself
+        model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0)
+        model = load_adapter(model, lora_weights).eval() if lora_weights else model.eval()
+
+    def stream(messages, **changed):
+        """Yield the answer to a conversation, as stream_answer does."""
+        settings = sampling | changed
+        ids = encode_prompt(messages, tokenizer, settings["max_new_tokens"], context)
+        set_seed(settings["seed"])
+        yield from stream_answer(model, tokenizer, ids, to_generation_config(stops, **settings), stops)
+
+    # 5. one answer, a chat or a page
+    if ui:
+        examples = [row["question"] for row in read_file(find_path("data/tiny/test.jsonl"))[:3]]
+        title = f"{base_model} + {lora_weights or 'no adapter'}, template {template}"
+        return open_page(stream, title, sampling, context, examples, host, port, password)
+    if chat:
+        return {"messages": chat_in_terminal(stream, text if prompt else "", max_new_tokens)}
+    if not (data_path or run):
+        print(f"> {items[0]['messages'][0]['content']}", flush=True)
+        answer, cut = print_answer(stream(items[0]["messages"]))
         if cut:
             print(f"(cut at --max_new_tokens {max_new_tokens})")
-        return {"answer": text, "cut": cut}
+        return {"answer": answer, "cut": cut}
 
-    # 5. a file: longest prompts first, so that what does not fit into memory fails at once
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{target}.incomplete")
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    records, num_tokens, num_cut, started = {}, 0, 0, time.time()
-    from tqdm import tqdm
+    # 6. a file
+    by_index, finished = {item["index"]: item for item in good}, len(done) == len(good) and not log.exists()
 
-    with open(partial, "w", encoding="utf-8") as file, tqdm(total=len(order), unit="prompt", disable=None) as bar:
-        for at in range(0, len(order), micro_batch_size):
-            picked = order[at : at + micro_batch_size]
-            for i, (ids, cut) in zip(picked, answer([prompts[i] for i in picked]), strict=True):
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                records[i] = {"index": i, "messages": conversations[i], "prediction": text, "cut": cut}
-                if references[i] is not None:
-                    records[i]["reference"] = references[i]
-                if score:
-                    records[i]["score"] = score_answer(text, references[i], score)
-                num_tokens, num_cut = num_tokens + len(ids), num_cut + cut
-                file.write(json.dumps(records[i], ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(picked))
-    seconds = time.time() - started
-    lines = [json.dumps(records[i], ensure_ascii=False) + "\n" for i in range(len(prompts))]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(target)
-    print(f"{len(prompts)} answers, {num_tokens:,} tokens in {seconds:.1f} s, {num_tokens / seconds:,.0f} tok/s")
-    if num_cut:
-        print(f"{num_cut} of them cut at --max_new_tokens {max_new_tokens}")
-    summary = {"base_model": base_model, "lora_weights": lora_weights, "data_path": data_path, "rows": len(prompts)}
-    summary |= {"cut": num_cut, "tokens": num_tokens, "seconds": seconds, "generation_config": config.to_diff_dict()}
+    def answer(n, batch):
+        """Return the records of the answers to the n-th batch, a list of indices."""
+        # each batch has its own draws: the same ones in a run that was stopped and one that was not
+        set_seed(int.from_bytes(hashlib.sha256(f"{seed} {n}".encode()).digest()[:4]))
+        config = to_generation_config(stops, **sampling)
+        try:
+            made = answer_batch(model, [by_index[i]["ids"] for i in batch], config, stops)
+        except torch.OutOfMemoryError:
+            raise ValueError(f"--micro_batch_size {micro_batch_size} takes more memory than there is") from None
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in made]
+        return [
+            {"index": i, "prediction": text, "cut": cut, "tokens": len(ids)}
+            for i, text, (ids, cut) in zip(batch, texts, made, strict=True)
+        ]
+
+    if len(done) < len(good):
+        answer_missing(log, size, settings, batches, done, answer)
+    if finished and not score:
+        print(f"{target} was finished already: --overwrite answers it again")
+        return json.loads(target.with_name("summary.json").read_text(encoding="utf-8"))
+    summary = {"base_model": base_model, "lora_weights": lora_weights, "data_path": data_path, "run": run}
+    summary = finish(target, items, done, summary | {"settings": settings}, score, data_path or run, function)
+    if summary["cut"]:
+        print(f"{summary['cut']:,} of them cut at --max_new_tokens {max_new_tokens}")
+    if bad:
+        print(f"{len(bad):,} of {len(items):,} rows could not be answered" + " and are not in the score" * bool(score))
     if score:
-        scores = [records[i]["score"] for i in range(len(prompts))]
-        mean = sum(scores) / len(scores)
-        error = math.sqrt(mean * (1 - mean) / len(scores))  # of a mean of zeros and ones
-        summary |= {"score": score, "mean": mean, "standard_error": error}
-        print(f"{score} {mean:.1%} +- {error:.1%} ({sum(scores):.0f} of {len(scores)})")
-    write_json(target.with_suffix(".summary.json"), summary)
+        mean, spread, count = summary["mean"], summary["standard_error"], summary["answered"]
+        spread = math.nan if spread is None else spread  # of one row
+        if function or score == "rouge":
+            others = "".join(f", {name} {value:.4f}" for name, value in summary["means"].items() if name != "rougeL")
+            print(f"{score} {mean:.4f} +- {spread:.4f} ({count:,} rows){others}")
+        else:
+            print(f"{score} {mean:.1%} +- {spread:.1%} ({mean * count:.0f} of {count:,})")
     print(f"wrote {target}")
     return summary
 

@@ -1098,14 +1098,15 @@ class Rollout:
 
     def decode(self, prompts, max_response_length, uniforms):
         """Do what `generate` says for at most max_rows prompts."""
-        device, num = self.policies.device, len(prompts)
+        device, longest, num = self.policies.device, max(map(len, prompts)), self.bucket(len(prompts))
         self.make_buffers(device)
         if uniforms is not None:
-            uniforms = torch.as_tensor(uniforms, device=device)
+            uniforms = F.pad(torch.as_tensor(uniforms, device=device), (0, 0, 0, num - len(prompts)))
         out = torch.zeros(num, max_response_length, dtype=torch.long, device=device)
         out_logprobs = torch.zeros(num, max_response_length, device=device)
-        rows, ended = torch.arange(num, device=device), torch.zeros(num, dtype=torch.bool, device=device)
-        longest = max(map(len, prompts))
+        rows = torch.arange(num, device=device)
+        ended = rows >= len(prompts)  # what fills the bucket of a CUDA graph
+        self.tokens[:num], self.positions[:num] = 0, 0
         self.prefill(prompts, uniforms)
         check_every = 16 if device.type == "cuda" else 1  # asking the GPU whether all have ended makes it wait
         for t in range(max_response_length):
@@ -1128,8 +1129,8 @@ class Rollout:
                     rows, ended, num = rows[index], ended[index], size
         is_stop = torch.isin(out, self.stops)
         ends = torch.where(is_stop.any(-1), is_stop.int().argmax(-1) + 1, max_response_length).tolist()
-        out, out_logprobs = out.tolist(), out_logprobs.cpu().numpy()
-        return [r[:n] for r, n in zip(out, ends, strict=True)], [p[:n] for p, n in zip(out_logprobs, ends, strict=True)]
+        made = list(zip(out.tolist(), out_logprobs.cpu().numpy(), ends, strict=True))[: len(prompts)]
+        return [tokens[:end] for tokens, _, end in made], [logprobs[:end] for _, logprobs, end in made]
 
     def make_buffers(self, device):
         """Make, once, what a decoding step reads and writes: CUDA graphs need it to stay where it is."""
@@ -1578,16 +1579,16 @@ def load_checkpoint(path, policies, optimizers):
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
-def open_writers(out, first, flags):
+def open_writers(out, first, flags, wandb_project, wandb_run_name):
     """Return a function that sends a record of log.jsonl to TensorBoard and, where asked for, to wandb."""
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
     run = None
-    if flags["wandb_project"]:
+    if wandb_project:
         import wandb
 
-        run = wandb.init(project=flags["wandb_project"], name=flags["wandb_run_name"] or None, config=flags)
+        run = wandb.init(project=wandb_project, name=wandb_run_name or None, config=flags)
 
     def write(record):
         for name, value in record.items():
@@ -1635,8 +1636,8 @@ def plot_metrics(records, folder):
         (folder / f"{chart}.png.incomplete").rename(folder / f"{chart}.png")
 
 
-class Clock:
-    """Adds up seconds by name: `with clock("gen"): ...`; on a GPU it waits for what was started."""
+class Stopwatch:
+    """Notes the seconds of each phase: `with clock("gen"): ...`; on a GPU it waits for what was started."""
 
     def __init__(self, device):
         self.device, self.seconds = device, {}
@@ -1919,7 +1920,7 @@ def train_ppo(
     limit_threads(config)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    actor_lr = actor_lr or default_learning_rate(config) / 10
+    actor_lr = actor_lr or default_learning_rate(config) / 20
     critic_lr = critic_lr or default_learning_rate(config) / 4
 
     # 2. problems
@@ -2017,7 +2018,7 @@ def train_ppo(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (out / "val_generations").mkdir(parents=True, exist_ok=True)
         write_lines(log_path, [r for r in read_log(log_path) if r["training/global_step"] < first])
-        writer = open_writers(out, first, flags)
+        writer = open_writers(out, first, flags, wandb_project, wandb_run_name)
     where = torch.cuda.get_device_name() if on_gpu else "cpu"
     num_all = sum(p.numel() for p in policies.models["actor"].parameters())
     trainable = {role: sum(p.numel() for p in policies.parameters(role).values()) for role in optimizers}
@@ -2101,7 +2102,7 @@ def train_ppo(
             policies.sync_rollout()
             log({"training/global_step": 0, "training/epoch": 0.0} | validation(0))
         for step in range(first, total_steps + 1):
-            clock, started = Clock(device), time.perf_counter()
+            clock, started = Stopwatch(device), time.perf_counter()
             set_seed(int(np.random.default_rng([seed, 1, step]).integers(2**32)))  # for a user's reward function
 
             # 6.1 a batch of problems, rollout_n times each, dealt out to the ranks

@@ -2,15 +2,16 @@
 Make the embedded default: word problems, a tokenizer and a small Llama that half knows how to solve them.
 
     reads    nothing: everything comes from --seed
-    writes   --output_dir    train.jsonl, test.jsonl (GSM8K's raw form), model/ (weights, config, tokenizer)
+    writes   --output_dir    train.jsonl, test.jsonl (GSM8K's raw form), demonstrations.jsonl (what fine-tuning is
+                             shown), model/ (weights, config, tokenizer)
     then     python finetune.py, which uses the committed copy in data/tiny
 
     no GPU   python data/tiny.py
 
 The model is pretrained on the same family of problems, with the answers told in another style ("6*7 makes 42. ...
 Answer: 42"), on drills of single calculations, and with a share --wrong_rate of all calculations gone wrong. So it
-has the skill, but neither GSM8K's answer format nor the reliability: supervised fine-tuning teaches the first,
-reinforcement learning the second.
+has the skill, but not GSM8K's answer format. Supervised fine-tuning teaches that, by the example of a hasty teacher who
+often leaves the last calculation out; reinforcement learning finds out that it pays not to.
 
 Shapes in comments: B sequences, T tokens, V vocabulary entries.
 """
@@ -174,9 +175,27 @@ def draw_problem(rng):
 
 
 def gsm8k_answer(steps):
-    """Return the answer in GSM8K's form: a sentence a line, each with its <<calculation=result>>, then #### result."""
+    """Return the answer in GSM8K's words, for the tokenizer: a sentence a line with its <<calculation=result>>."""
     lines = [sentence.format(f"{expr} = <<{expr}={result}>>{result}") for expr, result, sentence in steps]
     return "\n".join([*lines, f"#### {steps[-1][1]}"])
+
+
+def solution(steps):
+    """Return the calculations alone in GSM8K's notation, a line each, then #### result."""
+    return "\n".join([*(f"{expr} = <<{expr}={result}>>{result}" for expr, result, _ in steps), f"#### {steps[-1][1]}"])
+
+
+def write_problems(folder, train, test, hasty_rate, seed):
+    """Write train.jsonl, test.jsonl and demonstrations.jsonl: rows of (question, steps) as question and answer.
+
+    demonstrations.jsonl has the questions of train.jsonl with the solutions of a hasty teacher: of two or three
+    calculations the last is left out with hasty_rate. Imitation learns the haste, too; a reward can take it away.
+    """
+    rng = random.Random(seed)
+    shown = [(q, s[:-1] if len(s) > 1 and rng.random() < hasty_rate else s) for q, s in train]
+    for name, rows in {"train": train, "test": test, "demonstrations": shown}.items():
+        lines = [json.dumps({"question": q, "answer": solution(s)}) + "\n" for q, s in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def told_answer(steps, wrong_rate, rng):
@@ -287,20 +306,22 @@ def make_tiny(
     context: int = 256,
     learning_rate: float = 3e-3,
     wrong_rate: float = 0.25,
+    hasty_rate: float = 0.75,
     seed: int = 0,
 ):
     """Make the problems, the tokenizer and the pretrained base model of the embedded default.
 
     Args:
         output_dir: folder to write to; an existing one is replaced once everything is made.
-        train_size: problems in train.jsonl.
-        test_size: problems in test.jsonl, none of them in train.jsonl or in the pretraining text.
+        train_size: problems in train.jsonl and demonstrations.jsonl.
+        test_size: problems in test.jsonl, none of them in the other files or in the pretraining text.
         vocab_size: entries of the tokenizer, numbers below 400 and 256 bytes among them.
         steps: optimizer steps of the pretraining.
         batch_size: rows of a pretraining step.
         context: tokens of a row; problems are packed end to end.
         learning_rate: peak, reached after 100 steps, then a cosine to a tenth.
         wrong_rate: share of the calculations in the pretraining text that go wrong.
+        hasty_rate: share of the longer solutions in demonstrations.jsonl that leave the last calculation out.
         seed: of everything random.
     """
     rng = random.Random(seed)
@@ -348,9 +369,7 @@ def make_tiny(
     fresh = target.with_name(target.name + ".incomplete")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for name, rows in (("train", train), ("test", test)):
-        lines = [json.dumps({"question": q, "answer": gsm8k_answer(s)}) for q, s in rows]
-        (fresh / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_problems(fresh, train, test, hasty_rate, seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(fresh / "model")

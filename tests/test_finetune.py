@@ -445,7 +445,7 @@ def test_checkpoints_that_cannot_be_resumed_say_why(plain, tmp_path):
     with pytest.raises(ValueError, match="another configuration .learning_rate: 0.003 then, 0.001 now"):
         run(folder, resume_from_checkpoint="auto", learning_rate=1e-3)
     with pytest.raises(ValueError, match="another configuration .*data_sha256"):
-        run(folder, resume_from_checkpoint="auto", data_path="data/tiny/train.jsonl")
+        run(folder, resume_from_checkpoint="auto", data_path="data/tiny/demonstrations.jsonl")
     torn = folder / "checkpoint-6" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
     with pytest.raises(ValueError, match="checkpoint-6 is damaged: optimizer.pt"):

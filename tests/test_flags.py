@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path for folder in (".", "data", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 TYPES = ("bool", "int", "float", "str", "list[str]")  # what run_cli reads
-SAME_NAME_OTHER_HELP = {}  # {flag: why its help text must differ between the scripts of the root folder}
+SAME_NAME_OTHER_HELP = {  # {flag: why its help text must differ between the scripts of the root folder}
+    "temperature": "generate.py takes 0 for greedy; a policy that is trained must sample",
+    "lora_r": "ppo_gsm8k.py takes 0 for training all weights",
+}
 
 
 def entry_function(source):

@@ -7,8 +7,13 @@ and bad input.
 
 import json
 import math
+import random
+import re
 import shutil
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 import generate as script
-from generate import compute_score, final_number, generate, read_prompts, score_answer
+from generate import compute_score, final_number, generate, mean_and_error, read_prompts, rouge, score_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny" / "model"
@@ -29,14 +34,15 @@ END = 0  # <|endoftext|> of the embedded tokenizer
 tokenizer = AutoTokenizer.from_pretrained(BASE)
 
 
-def answers(path="out/generate/predictions.jsonl"):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").strip("\n").split("\n")]
+def answers(folder="out/generate"):
+    text = (Path(folder) / "predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.strip("\n").split("\n")]
 
 
 def ask(**flags):
     """Answer the first 24 test problems, or what `flags` say; returns the rows of the prediction file."""
-    generate(**({"data_path": str(DATA), "max_samples": 24, "max_new_tokens": 40} | flags))
-    return answers(flags.get("output_path", "out/generate/predictions.jsonl"))
+    generate(**({"data_path": str(DATA), "max_samples": 24, "max_new_tokens": 40, "overwrite": True} | flags))
+    return answers(flags.get("output_dir", "out/generate"))
 
 
 def texts(rows):
@@ -165,6 +171,91 @@ def test_score_answer_takes_the_number_of_the_reference():
     assert score_answer("it is 1024", reference, "gsm8k_strict") == 0.0
     assert score_answer("it is 1024", reference, "gsm8k_flexible") == 1.0
     assert score_answer(" yes\n", "yes", "exact") == 1.0 and score_answer("Yes", "yes", "exact") == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer, reference, expected",
+    [
+        ("the cat sat on the mat", "the cat lay on the mat", (5 / 6, 3 / 5, 5 / 6)),
+        ("a b c d", "d c b a", (1, 0, 0.25)),
+        ("The the THE", "the", (0.5, 0, 0.5)),  # counts are clipped; case and punctuation do not matter
+        ("it is 4.5, no?", "it is 4 5 no", (1, 1, 1)),
+        ("甲乙丙丁", "甲乙丁", (6 / 7, 2 / 5, 6 / 7)),  # Chinese counts by the character
+        ("我 love 北京", "我love北京", (1, 1, 1)),
+        ("เชียงใหม่", "เชียงใหม่", (1, 1, 1)),
+        ("Ärger", "ärger", (1, 0, 1)),
+        ("", "a", (0, 0, 0)),
+        ("a", "", (0, 0, 0)),
+        ("!!", "!!", (0, 0, 0)),
+    ],
+)
+def test_rouge_by_hand(answer, reference, expected):
+    assert list(rouge(answer, reference).values()) == pytest.approx(expected)
+
+
+def test_rouge_l_is_the_textbook_longest_common_subsequence():
+    def by_table(a, b):
+        table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+        return table[-1][-1]
+
+    draw = random.Random(0)
+    for _ in range(200):
+        a, b = (draw.choices("abcdef", k=draw.randint(1, 90)) for _ in range(2))
+        assert rouge(" ".join(a), " ".join(b))["rougeL"] == pytest.approx(2 * by_table(a, b) / (len(a) + len(b)))
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    values = [0.1, 0.5, 0.9, 0.4]
+    expected = (0.475, math.sqrt(sum((v - 0.475) ** 2 for v in values) / 3 / 4))
+    assert mean_and_error(values) == pytest.approx(expected)
+    assert mean_and_error([1.0]) == (1.0, None)
+
+
+SCORER = """
+def check(data_source, solution_str, ground_truth, extra_info=None):
+    assert isinstance(solution_str, str)
+    return {"score": len(ground_truth), "source": data_source, "info": extra_info, "twice": 2.0}
+def number(data_source, solution_str, ground_truth, extra_info=None):
+    return True
+def odd(data_source, solution_str, ground_truth, extra_info=None):
+    return float("nan") if extra_info["index"] == 1 else 0
+"""
+
+
+def test_a_function_of_ones_own_is_called_as_verl_calls_it(tmp_path, capsys):
+    Path("mine.py").write_text(SCORER)
+    verl = {"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "2+3?"}], "ability": "math"}
+    verl |= {"reward_model": {"style": "rule", "ground_truth": "5"}, "extra_info": {"answer": "#### 5", "index": 7}}
+    path = write("rows.jsonl", verl, {"question": "1+1?", "answer": "#### 2"})
+    flags = {"data_path": path, "max_new_tokens": 4}
+    summary = generate(**flags, score="mine.py:check")
+    assert [row["score"] for row in answers()] == [1, 6] and summary["mean"] == 3.5 and summary["standard_error"] == 2.5
+    assert [row["source"] for row in answers()] == ["openai/gsm8k", path] and summary["means"] == {"twice": 2.0}
+    assert [row["info"] for row in answers()] == [verl["extra_info"], {"index": 1}]
+    assert "mine.py:check 3.5000 +- 2.5000 (2 rows), twice 2.0000" in capsys.readouterr().out
+    assert generate(**flags, score="mine.py:number")["mean"] == 1.0
+    kept = answers()
+    with pytest.raises(ValueError, match="mine.py:odd: of row 1 it gave ValueError: the score is nan. The answers are"):
+        generate(**flags, score="mine.py:odd")
+    assert answers() == kept
+    for name, message in [("none", "has no function none"), ("SCORER", "has no function SCORER")]:
+        with pytest.raises(ValueError, match=message):
+            generate(**flags, score=f"mine.py:{name}")
+    Path("broken.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(ValueError, match="broken.py cannot be loaded: ModuleNotFoundError"):
+        generate(**flags, score="broken.py:f")
+
+
+def test_a_score_function_that_fails_loses_no_answers(monkeypatch):
+    Path("mine.py").write_text(SCORER)
+    flags = {"data_path": str(DATA), "max_samples": 3, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="mine.py:odd: of row 1"):
+        generate(**flags, score="mine.py:odd")
+    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    assert generate(**flags, score="mine.py:number")["answered"] == 3 == len(answers())
 
 
 # -----------------------------------------------------------------------------
@@ -304,30 +395,31 @@ def test_a_file_of_answers_has_rows_references_scores_and_a_summary(tmp_path, ca
     own = [row["prediction"] for row in ask(max_samples=3)]
     rows = [{"question": row["question"], "answer": a} for row, a in zip(TEST_ROWS, own + right[3:], strict=False)]
     capsys.readouterr()
-    path = str(tmp_path / "deep" / "er" / "p.1.jsonl")
-    found = ask(data_path=write(tmp_path / "data.jsonl", *rows), output_path=path, score="exact", micro_batch_size=4)
+    out = tmp_path / "deep" / "er"
+    found = ask(data_path=write(tmp_path / "data.jsonl", *rows), output_dir=str(out), score="exact", micro_batch_size=4)
     assert [row["index"] for row in found] == [0, 1, 2, 3, 4, 5]
     assert [row["messages"][0]["content"] for row in found] == [row["question"] for row in rows]
     assert [row["reference"] for row in found] == [row["answer"] for row in rows]
     assert [row["score"] for row in found] == [1, 1, 1, 0, 0, 0]
-    assert all(set(row) == {"index", "messages", "prediction", "cut", "reference", "score"} for row in found)
-    assert {p.name for p in Path(path).parent.iterdir()} == {"p.1.jsonl", "p.1.summary.json"}
-    summary = json.loads((tmp_path / "deep" / "er" / "p.1.summary.json").read_text())
-    tokens = sum(len(tokenizer(row["prediction"], add_special_tokens=False).input_ids) for row in found)
-    assert summary["mean"] == 0.5 and summary["standard_error"] == pytest.approx(0.5 / math.sqrt(6))
-    assert (summary["rows"], summary["cut"], summary["tokens"], summary["score"]) == (6, 0, tokens, "exact")
-    assert summary["generation_config"]["max_new_tokens"] == 40
+    assert all(set(row) == {"index", "messages", "prediction", "cut", "tokens", "reference", "score"} for row in found)
+    assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "summary.json"}
+    summary = json.loads((out / "summary.json").read_text())
+    tokens = [len(tokenizer(row["prediction"], add_special_tokens=False).input_ids) for row in found]
+    assert [row["tokens"] for row in found] == tokens
+    assert summary["mean"] == 0.5 and summary["standard_error"] == pytest.approx(math.sqrt(6 * 0.25 / 5 / 6))
+    assert (summary["rows"], summary["answered"], summary["cut"], summary["score"]) == (6, 6, 0, "exact")
+    assert summary["tokens"] == sum(tokens) and summary["settings"]["max_new_tokens"] == 40
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "generate.py  data/tiny/model + no adapter    cpu  float32  template alpaca"
-    rate = f"{tokens / summary['seconds']:,.0f} tok/s"
-    assert said[1] == f"6 answers, {tokens:,} tokens in {summary['seconds']:.1f} s, {rate}"
-    assert said[2:] == ["exact 50.0% +- 20.4% (3 of 6)", f"wrote {path}"]
+    assert re.fullmatch(rf"6 answers, {sum(tokens)} new tokens in [\d.]+ s, [\d,]+ tok/s", said[-3])
+    assert said[-2:] == ["exact 50.0% +- 22.4% (3 of 6)", f"wrote {out}/predictions.jsonl"]
 
 
-def test_the_base_model_knows_the_numbers_but_not_the_form():
+def test_the_base_model_knows_the_numbers_but_not_the_form(capsys):
     flexible = generate(data_path=str(DATA), max_samples=24, max_new_tokens=60, score="gsm8k_flexible")
-    strict = generate(data_path=str(DATA), max_samples=24, max_new_tokens=60, score="gsm8k_strict")
+    strict = generate(data_path=str(DATA), max_samples=24, max_new_tokens=60, score="gsm8k_strict")  # the same answers
     assert flexible["mean"] > 0.3 and strict["mean"] == 0 == strict["standard_error"]
+    assert "gsm8k_strict 0.0% +- 0.0% (0 of 24)\n" in capsys.readouterr().out
     for row in answers():
         assert row["score"] == 0 and "####" not in row["prediction"]
 
@@ -338,11 +430,11 @@ def test_the_lines_of_a_text_file_are_prompts(tmp_path, seen):
     path.write_bytes(text.encode())
     lines = ["Add 2 and 3.", "One\u2028line\x0c", "last"]
     conversations = [[{"role": "user", "content": line}] for line in lines]
-    assert read_prompts(str(path), "\n", 0) == (conversations, [None, None, None])
-    assert read_prompts(str(path), "\n", 2) == (conversations[:2], [None, None])
+    assert [item["messages"] for item in read_prompts(str(path), "\n", 0)] == conversations
+    assert [item["messages"] for item in read_prompts(str(path), "\n", 2)] == conversations[:2]
     rows = ask(data_path=str(path), max_new_tokens=2)
     assert [row["messages"] for row in rows] == conversations
-    assert all(set(row) == {"index", "messages", "prediction", "cut"} for row in rows)
+    assert all(set(row) == {"index", "messages", "prediction", "cut", "tokens"} for row in rows)
     assert sorted(seen) == sorted(prompt_ids(c) for c in conversations)
 
 
@@ -385,21 +477,218 @@ def test_of_a_folder_the_test_files_are_answered():
     assert [row["reference"] for row in rows] == [row["answer"] for row in TEST_ROWS[:3]]
 
 
-def test_a_run_that_dies_leaves_the_earlier_answers(tmp_path, monkeypatch):
-    path = str(tmp_path / "p.jsonl")
-    before = ask(output_path=path, max_samples=4)
-    real, calls = GenerationMixin.generate, []
+def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_path, monkeypatch, capsys):
+    good = json.dumps({"question": "Add 2 and 3.", "answer": "#### 5"}).encode()
+    tool = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}
+    lines = [good, b'{"question": ', b"[1]", b'{"question": 5}', b'{"text": "q"}', b'{"question": "\xff"}', b"", good]
+    lines += [json.dumps({"question": "word " * 300}).encode(), json.dumps(tool).encode(), good]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    summary = generate(data_path="a.jsonl", score="gsm8k_flexible", max_new_tokens=20)
+    rows = answers()
+    assert [row["index"] for row in rows] == list(range(10))
+    assert [i for i, row in enumerate(rows) if "prediction" in row] == [0, 6, 9] and summary["answered"] == 3
+    errors = [row["error"] for row in rows if "error" in row]
+    assert [e.partition(": ")[0] for e in errors[:5]] == [f"a.jsonl, line {n}" for n in (2, 3, 4, 5, 6)]
+    for error, what in zip(errors, ["not valid JSON", "must be an object", "no text in", "known forms", "utf-8"]):
+        assert what in error
+    assert re.match(
+        r"row 8 of a.jsonl: 12\d\d tokens of prompt and --max_new_tokens 20 are more than the 1024", errors[5]
+    )
+    assert re.match("row 9 of a.jsonl: the chat template cannot render .*'tool'", errors[6])
+    said = capsys.readouterr().out
+    assert "  left out a.jsonl, line 2: not valid JSON" in said
+    assert "7 of 10 rows could not be answered and are not in the score\ngsm8k_flexible" in said
+    again = generate(data_path="a.jsonl", max_new_tokens=20)  # the record of what is wrong is not asked again
+    assert again == summary | {"settings": again["settings"]} and answers() == rows
 
-    def die(self, **kwargs):
-        calls.append(kwargs["input_ids"].shape[0])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, **kwargs)
 
-    monkeypatch.setattr(GenerationMixin, "generate", die)
-    with pytest.raises(KeyboardInterrupt):
-        ask(output_path=path, micro_batch_size=3)
-    assert answers(path) == before and len(answers(path + ".incomplete")) == 3
+@pytest.mark.parametrize(
+    "name, text, wrong",
+    [
+        ("a.csv", 'question,answer\nA?,1\n"B, b?",2\nC, c?,3\n', ["a.csv, line 4: more cells than the header has"]),
+        ("a.json", '[{"question": "A?"},\n3,\n{"question": "B?"}]', ["a.json, line 2: a row must be an object"]),
+    ],
+)
+def test_other_files_may_hold_a_bad_row_too(tmp_path, name, text, wrong):
+    (tmp_path / name).write_text(text)
+    items = read_prompts(str(tmp_path / name), "\n", 0)
+    assert [
+        item["error"].removeprefix(f"{tmp_path}/")[: len(w)]
+        for item, w in zip(items[-2:], wrong * 2)
+        if "error" in item
+    ] == wrong
+    assert sum("messages" in item for item in items) == 2
+
+
+# -----------------------------------------------------------------------------
+# a file that is stopped
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """A function that lets the next run die in its n-th batch; with None, no run."""
+    real = GenerationMixin.generate
+
+    def die_in(n):
+        calls = []
+
+        def generate(self, **kwargs):
+            calls.append(kwargs)
+            if len(calls) == n:
+                raise RuntimeError("power cut")
+            return real(self, **kwargs)
+
+        monkeypatch.setattr(GenerationMixin, "generate", generate)
+
+    return die_in
+
+
+MODES = [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 100}, {"num_beams": 2}, {"repetition_penalty": 1.2}]
+
+
+@pytest.mark.parametrize("flags", MODES, ids=str)
+def test_a_run_that_dies_goes_on_and_ends_as_if_it_had_not(monkeypatch, stop_after, capsys, flags):
+    flags = {"data_path": str(DATA), "max_samples": 14, "max_new_tokens": 20, "micro_batch_size": 4} | flags
+    generate(output_dir="whole", **flags)
+    stop_after(3)
+    with pytest.raises(RuntimeError, match="power cut"):
+        generate(output_dir="stopped", **flags)
+    assert {path.name for path in Path("stopped").iterdir()} == {"predictions.jsonl.incomplete"}
+    log = Path("stopped/predictions.jsonl.incomplete")
+    assert len(log.read_text().splitlines()) == 1 + 8
+    with open(log, "a") as file:
+        file.write(log.read_text().splitlines()[-1] + '\n{"index": 3, "predic')  # torn, and not a whole batch
+    stop_after(None)
+    asked, real = [], script.answer_batch
+    monkeypatch.setattr(script, "answer_batch", lambda *args: asked.append(len(args[1])) or real(*args))
+    capsys.readouterr()
+    generate(output_dir="stopped", **flags)
+    assert asked == [4, 2] and "8 of 14 answers were there already" in capsys.readouterr().out
+    assert Path("stopped/predictions.jsonl").read_bytes() == Path("whole/predictions.jsonl").read_bytes()
+    assert {path.name for path in Path("stopped").iterdir()} == {"predictions.jsonl", "summary.json"}
+
+
+CHANGES = [
+    ({"temperature": 0.5}, "temperature 0.0 -> 0.5"),
+    ({"max_new_tokens": 9}, "max_new_tokens 8 -> 9"),
+    ({"micro_batch_size": 5}, "micro_batch_size 4 -> 5"),
+    ({"seed": 1}, "seed 42 -> 1"),
+    ({"max_samples": 9}, "prompts"),
+    ({"prompt_template": "chatml"}, "prompts"),
+    ({"dtype": "bfloat16"}, "dtype float32 -> bfloat16"),
+    ({"lora": True}, "adapter"),
+    ({"data": True}, "prompts"),
+    ({"model": True}, "model"),
+]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_settings_never_mix(tmp_path, monkeypatch, stop_after, adapter, finished):
+    data = write(tmp_path / "data.jsonl", *TEST_ROWS[:10])
+    model = make_base(tmp_path / "model")
+    flags = {"data_path": data, "base_model": model, "max_new_tokens": 8, "micro_batch_size": 4}
+    if finished:
+        generate(**flags)
+    else:
+        stop_after(2)
+        with pytest.raises(RuntimeError):
+            generate(**flags)
+    before = {path.name: path.read_bytes() for path in Path("out/generate").iterdir()}
+    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    for change, said in CHANGES:
+        changed = flags | change
+        if changed.pop("lora", None):
+            changed["lora_weights"] = adapter
+        if changed.pop("data", None):
+            changed["data_path"] = write(tmp_path / "other.jsonl", *TEST_ROWS[1:11])
+        if changed.pop("model", None):
+            weights = load_file(f"{model}/model.safetensors")
+            weights["model.norm.weight"] += 1
+            shutil.copytree(model, tmp_path / "other")
+            save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+            changed["base_model"] = str(tmp_path / "other")
+        with pytest.raises(ValueError, match=rf"other settings \({said}\): .*--overwrite"):
+            generate(**changed)
+        assert {path.name: path.read_bytes() for path in Path("out/generate").iterdir()} == before
+    if finished:  # the same model in another place is the same
+        assert generate(**(flags | {"base_model": str(shutil.move(model, tmp_path / "moved"))}))["answered"] == 10
+
+
+def test_a_finished_file_is_scored_again_but_not_answered_again(tmp_path, monkeypatch, capsys):
+    flags = {"data_path": str(DATA), "max_samples": 12, "max_new_tokens": 40}
+    first = generate(**flags, score="gsm8k_flexible")
+    kept = Path("out/generate/predictions.jsonl").read_bytes()
+    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    assert generate(**flags) == first and Path("out/generate/predictions.jsonl").read_bytes() == kept
+    assert "was finished already: --overwrite answers it again" in capsys.readouterr().out
+    other = generate(**flags, score="rouge")
+    assert set(other["means"]) == {"rouge1", "rouge2", "rougeL"} and other["mean"] == other["means"]["rougeL"]
+    assert other["tokens"] == first["tokens"]
+    assert generate(**flags, score="gsm8k_flexible") == first
+    assert Path("out/generate/predictions.jsonl").read_bytes() == kept
+
+
+def test_what_is_not_this_scripts_is_not_replaced(tmp_path):
+    Path("mine").mkdir()
+    Path("mine/predictions.jsonl").write_text("dear diary\n")
+    with pytest.raises(ValueError, match="mine/predictions.jsonl is there already: replace it with --overwrite"):
+        ask(output_dir="mine", overwrite=False)
+    Path("mine/predictions.jsonl").rename("mine/predictions.jsonl.incomplete")
+    with pytest.raises(ValueError, match="predictions.jsonl.incomplete: not a file that generate.py began"):
+        ask(output_dir="mine", overwrite=False)
+    assert Path("mine/predictions.jsonl.incomplete").read_text() == "dear diary\n"
+
+
+def test_overwriting_leaves_the_old_answers_until_the_new_ones_are_there(stop_after):
+    before = ask(max_samples=4)
+    stop_after(2)
+    with pytest.raises(RuntimeError):
+        ask(micro_batch_size=3)
+    assert answers() == before
+    log = Path("out/generate/predictions.jsonl.incomplete")
+    kept = log.read_bytes()
+    with pytest.raises(ValueError, match="one of auto"):  # nothing is thrown away for a command that cannot run
+        ask(dtype="half")
+    stop_after(1)
+    with pytest.raises(RuntimeError):
+        ask(micro_batch_size=2)
+    assert answers() == before and log.read_bytes() != kept and log.read_bytes().count(b"\n") < 2
+    stop_after(None)
+    assert len(ask(micro_batch_size=2)) == 24 and not log.exists()
+
+
+def test_ctrl_c_says_what_is_there(monkeypatch):
+    real, calls = script.answer_batch, []
+    monkeypatch.setattr(
+        script, "answer_batch", lambda *args: calls.append(1) or (real(*args) if len(calls) < 3 else interrupt())
+    )
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="6 of 12 answers are in out/generate/predictions.jsonl.incomplete: the same"):
+        ask(max_samples=12, micro_batch_size=3, max_new_tokens=3)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_the_same_command(tmp_path):
+    flags = ["--data_path", str(DATA), "--temperature", "0.8", "--micro_batch_size", "16", "--score", "gsm8k_flexible"]
+    command = [sys.executable, str(ROOT / "generate.py"), *flags, "--output_dir"]
+    subprocess.run([*command, "whole"], check=True, capture_output=True)
+    log, kills = Path("killed/predictions.jsonl.incomplete"), 0
+    for wanted in (1, 100, 250, 400):  # bytes on disk grow: killed in the middle of the file, several times
+        process = subprocess.Popen([*command, "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > wanted):
+            time.sleep(0.01)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 3 and not Path("killed/predictions.jsonl").exists()
+    subprocess.run([*command, "killed"], check=True, capture_output=True)
+    assert Path("killed/predictions.jsonl").read_bytes() == Path("whole/predictions.jsonl").read_bytes()
+    summaries = [json.loads(Path(folder, "summary.json").read_text()) for folder in ("whole", "killed")]
+    assert summaries[0] == summaries[1] and summaries[0]["rows"] == 512
 
 
 # -----------------------------------------------------------------------------
@@ -411,30 +700,247 @@ def test_one_answer_is_printed_as_it_is_returned(num_beams, capsys):
     found = generate(prompt="Tom has 6 boxes with 7 coins in each.", num_beams=num_beams, max_new_tokens=60)
     assert len(found["answer"]) > 10 and not found["cut"]
     said = capsys.readouterr().out.split("\n", 1)[1]
-    assert said == f"> Tom has 6 boxes with 7 coins in each.\n{found['answer']}\n"
+    assert said.endswith(f"\n> Tom has 6 boxes with 7 coins in each.\n{found['answer']}\n")
     assert not list(Path().rglob("*"))
 
 
-def test_without_any_flag_it_asks_the_first_test_problem(adapter, capsys, greedy):
-    assert generate()["answer"] == greedy[0]["prediction"]
-    said = capsys.readouterr().out
-    assert f"> {TEST_ROWS[0]['question']}\n" in said and "+ no adapter" in said
-    trained = Path("out/finetune/adapter")
-    trained.mkdir(parents=True)  # as a run leaves it that died early
-    assert generate()["answer"] == greedy[0]["prediction"]
-    shutil.copytree(adapter, trained, dirs_exist_ok=True)
+def test_without_any_flag_the_furthest_model_of_the_default_answers(tmp_path, adapter, capsys, greedy):
+    def used():
+        answer = generate()["answer"]
+        return answer, re.match(r"generate.py  (.*?)    ", capsys.readouterr().out)[1]
+
+    assert used() == (greedy[0]["prediction"], "data/tiny/model + no adapter")
+    Path("out/finetune/adapter").mkdir(parents=True)  # as a run leaves it that died early
+    assert used() == (greedy[0]["prediction"], "data/tiny/model + no adapter")
+    shutil.copytree(adapter, "out/finetune/adapter", dirs_exist_ok=True)
+    answer, name = used()
+    assert answer != greedy[0]["prediction"] and name == "data/tiny/model + out/finetune/adapter"
+    other = make_adapter("out/ppo_gsm8k/adapter", r=2)
+    answer, name = used()
+    assert answer == generate(lora_weights=other)["answer"] and name == "data/tiny/model + out/ppo_gsm8k/adapter"
+    rename_base(other, "Qwen/Qwen2.5-0.5B")  # a run on another model is not the default's
     capsys.readouterr()
-    assert generate()["answer"] != greedy[0]["prediction"]
-    assert "+ out/finetune/adapter " in capsys.readouterr().out
+    assert used()[1] == "data/tiny/model + out/finetune/adapter"
     assert generate(base_model=str(BASE))["answer"] == greedy[0]["prediction"]
+
+
+def rename_base(folder, name):
+    """Write another base model's name into an adapter's configuration."""
+    path = Path(folder) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+
+
+def test_a_hub_models_fingerprint_is_its_commit(tmp_path, monkeypatch):
+    shutil.copytree(BASE, tmp_path / "copy")
+    assert script.fingerprint(str(BASE)) == script.fingerprint(str(tmp_path / "copy"))
+    (tmp_path / "copy" / "config.json").write_text("{}")
+    assert script.fingerprint(str(BASE)) != script.fingerprint(str(tmp_path / "copy"))
+    cached = lambda name, file: str(tmp_path / "models--some--model" / "snapshots" / "0123abcd" / file)
+    monkeypatch.setattr(script.transformers.utils, "cached_file", cached)
+    assert script.fingerprint("some/model") == "0123abcd"
+
+
+def test_an_adapter_names_its_base(tmp_path, adapter, capsys):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    folder, asked = str(tmp_path / "adapter"), {"prompt": "Hi", "max_new_tokens": 1}
+    generate(lora_weights=folder, **asked)
+    assert f"generate.py  {BASE} + {folder} " in capsys.readouterr().out
+    for name in (str(BASE), "data/tiny/model", "data/tiny/../tiny/model"):  # one place by several names
+        rename_base(folder, name)
+        generate(base_model="data/tiny/model", lora_weights=folder, **asked)
+        assert "note" not in capsys.readouterr().out
+    rename_base(folder, "gone/far/away")
+    generate(base_model="data/tiny/model", lora_weights=folder, **asked)
+    assert "  note     the adapter was trained on gone/far/away: it may" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was trained on gone/far/away, which is not there: give --base_model"):
+        generate(lora_weights=folder)
+    rename_base(folder, None)
+    with pytest.raises(ValueError, match="it does not name its base model: give --base_model"):
+        generate(lora_weights=folder)
+
+
+def test_the_commands_of_servers_name_all_they_need(tmp_path, adapter, capsys):
+    def commands(**flags):
+        generate(prompt="Hi", max_new_tokens=1, **flags)
+        return re.findall("  serve    (.*)", capsys.readouterr().out)
+
+    vllm, other = commands()
+    assert vllm == "vllm serve data/tiny/model --chat-template templates/alpaca.jinja" and "template" in other
+    own = make_base(tmp_path / "base", chat_template="{{ messages[0].content }}")
+    assert commands(base_model=own) == [f"vllm serve {own}", f"transformers serve {own}"]
+    vllm, other = commands(lora_weights=adapter)
+    assert f"{BASE} --enable-lora --max-lora-rank 8 --lora-modules adapter={adapter} --chat-template" in vllm
+    assert other.endswith(f"--lora_weights {adapter} --output_dir out/export && transformers serve out/export")
+    dora = commands(lora_weights=make_adapter(tmp_path / "dora", use_dora=True))
+    assert dora[0].startswith("python export_hf_checkpoint.py") and dora[1] == "vllm serve out/export"
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """A function that types lines into the terminal: texts, or exceptions for keys such as Ctrl-C."""
+
+    def type_in(*lines):
+        lines = iter(lines)
+
+        def answer_prompt(prompt=""):
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", answer_prompt)
+
+    return type_in
+
+
+def test_a_chat_remembers_its_turns(typed, seen, capsys):
+    typed("  Count to 3. ", "", "And to 4?", "/new", "Hello", "/exit", "never read")
+    messages = generate(chat=True, prompt="Hi", max_new_tokens=6)["messages"]
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["Hello"]
+    said = capsys.readouterr().out
+    answers = [tokenizer.decode(ids) for ids in seen]
+    assert len(seen) == 4
+    first = [{"role": "user", "content": "Hi"}]
+    assert seen[0] == prompt_ids(first) and seen[3] == prompt_ids([{"role": "user", "content": "Hello"}])
+    reply = answers[1].partition("### Response:\n")[2].partition("<|endoftext|>")[0]
+    second = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": "Count to 3."}]
+    assert seen[1] == prompt_ids(second) and reply in said and "> Hi\n" in said
+    assert answers[2].count("### Instruction:") == 3 and "(cut at --max_new_tokens 6)" in said
+
+
+def test_a_chat_survives_what_goes_wrong_in_it(typed, seen, monkeypatch, capsys):
+    typed("word " * 300, "Add 2 and 3.", KeyboardInterrupt())
+    messages = generate(chat=True, max_new_tokens=20)["messages"]
+    said = capsys.readouterr().out
+    assert "error: 12" in said and "are more than the 1024 positions of the model: shorten one of them, or /new" in said
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["Add 2 and 3."] and len(seen) == 1
+
+
+def test_an_answer_comes_in_pieces_each_longer_and_without_half_characters(base):
+    config = script.to_generation_config([END], **SAMPLING)
+    ids = prompt_ids([{"role": "user", "content": TEST_ROWS[0]["question"]}])
+    pieces = [text for text, _ in script.stream_answer(base, tokenizer, ids, config, [END])]
+    assert len(pieces) > 10 and all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
+    assert pieces[-1] == expected(base, [{"role": "user", "content": TEST_ROWS[0]["question"]}])[0]
+
+
+SAMPLING = {"max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_beams": 1, "seed": 0}
+SAMPLING |= {"repetition_penalty": 1.0}
+
+
+def test_bytes_of_one_character_are_shown_together(base, monkeypatch):
+    new = tokenizer("é 漢 😀!", add_special_tokens=False).input_ids
+    assert len(new) > 8
+
+    def generate(self, input_ids, streamer, **kwargs):
+        streamer.put(input_ids)
+        for token in [*new, END]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return torch.cat([input_ids, torch.tensor([[*new, END]])], 1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    config = script.to_generation_config([END], **SAMPLING)
+    pieces = list(script.stream_answer(base, tokenizer, [5, 6], config, [END]))
+    assert pieces[-1] == ("é 漢 😀!", False) and not any("\ufffd" in text for text, _ in pieces)
+    assert {"é", "é 漢", "é 漢 😀"} <= {text for text, _ in pieces}
+
+
+def test_a_stream_that_is_closed_or_fails_ends_its_thread(base, monkeypatch):
+    steps, real = [], LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *args, **kw: steps.append(1) or real(*args, **kw))
+    config = script.to_generation_config([], **SAMPLING | {"max_new_tokens": 900})
+    before = threading.active_count()
+    stream = script.stream_answer(base, tokenizer, [5, 6], config, [])
+    next(stream)
+    stream.close()
+    assert len(steps) < 800 and threading.active_count() == before
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *args, **kw: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(script.stream_answer(base, tokenizer, [5, 6], config, []))
+    assert threading.active_count() == before
+
+
+# -----------------------------------------------------------------------------
+# the validation rows of a fine-tuning run
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """The folder of a run of finetune.py on 40 rows, 12 of them held out, with a template that is not the default."""
+    import finetune
+
+    folder = tmp_path_factory.mktemp("finetuned")
+    data = write(folder / "data.jsonl", *TEST_ROWS[:40])
+    flags = {"base_model": str(BASE), "data_path": data, "val_set_size": 12, "batch_size": 4, "max_steps": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finetune.train(
+            output_dir=str(folder / "run"), prompt_template="alpaca_short", seed=7, learning_rate=5e-3, **flags
+        )
+    return folder
+
+
+def test_a_run_gives_its_validation_rows_to_adapter_and_merged_model(tmp_path, finetuned):
+    import finetune
+
+    run, flags = str(finetuned / "run"), {"max_new_tokens": 30, "score": "rouge"}
+    summary = generate(run=run, output_dir="adapter", **flags)
+    rows = answers("adapter")
+    held_out = finetune.split_rows(40, 12, 7)[1]
+    assert [row["index"] for row in rows] == held_out
+    assert [row["messages"][0]["content"] for row in rows] == [TEST_ROWS[i]["question"] for i in held_out]
+    assert [row["reference"] for row in rows] == [TEST_ROWS[i]["answer"] for i in held_out]
+    assert summary["lora_weights"] == f"{run}/adapter" and 0 < summary["mean"] < 1
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    PeftModel.from_pretrained(model, f"{run}/adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(f"{run}/adapter").save_pretrained(tmp_path / "merged")
+    merged = generate(run=run, base_model=str(tmp_path / "merged"), output_dir="merged", **flags)
+    assert merged["lora_weights"] == "" and texts(answers("merged")) == texts(rows)
+    base = generate(run=run, base_model=str(BASE), output_dir="base", **flags)  # the run's template, not the default
+    assert base["mean"] != summary["mean"]
+
+
+def test_the_template_of_a_run_is_the_base_models_too(finetuned, seen):
+    generate(run=str(finetuned / "run"), base_model=str(BASE), max_new_tokens=1)
+    conversation = answers()[0]["messages"]
+    assert prompt_ids(conversation, "alpaca_short") in seen and prompt_ids(conversation) not in seen
+
+
+def test_a_run_whose_rows_are_not_the_same_is_refused(tmp_path, finetuned, monkeypatch):
+    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    copy = tmp_path / "run"
+    shutil.copytree(finetuned / "run", copy)
+    record = json.loads((copy / "run.json").read_text())
+
+    def refused(message, flags=None, **changed):
+        (copy / "run.json").write_text(json.dumps(record | {"flags": record["flags"] | (flags or {})} | changed))
+        with pytest.raises(ValueError, match=message):
+            generate(run=str(copy))
+
+    none = record["counts"] | {"eval": {"conversations": 0}}
+    refused("held no rows out: its --val_set_size was 0", {"val_set_size": 0}, counts=none)
+    refused("gone.jsonl: no such file", {"data_path": "gone.jsonl"})
+    few = write(tmp_path / "few.jsonl", *TEST_ROWS[:30])
+    refused(
+        "the run held 12 rows out, but of 30 rows its flags take 6: the data has changed",
+        {"data_path": few, "val_set_size": 0.2},
+    )
+    refused("its run.json is not that of a fine-tuning run", counts={})
+    shutil.rmtree(copy / "adapter")
+    refused("--lora_weights .*run/adapter: no adapter there")
+    (copy / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="its run.json is not that of a fine-tuning run"):
+        generate(run=str(copy))
 
 
 def test_from_the_command_line_an_error_is_its_message_alone(tmp_path, monkeypatch):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     for flags, message in [
         (["--score", "bleu", "--data_path", "x"], "error: --score bleu: one of gsm8k_strict, gsm8k_flexible, exact"),
-        (["--data_path", str(tmp_path / "bad.txt")], "error: --data_path .*bad.txt: cannot be read: 'utf-8' codec"),
-        (["--seed", "-1"], "error: --max_samples and --seed must not be negative"),
+        (["--data_path", str(tmp_path / "bad.txt")], "error: .*bad.txt, line 1: cannot be read: 'utf-8' codec"),
+        (["--seed", "-1"], "error: --seed -1 must not be negative"),
         (["--temprature", "1"], "unknown flag --temprature: did you mean --temperature"),
     ]:
         monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
@@ -473,7 +979,7 @@ def test_an_adapter_of_finetune_brings_its_template(tmp_path, seen, capsys):
     import finetune
 
     flags = {"data_path": str(DATA), "max_samples": 16, "val_set_size": 0, "batch_size": 8, "max_steps": 1}
-    flags["warmup_ratio"] = 0.0
+    flags |= {"warmup_ratio": 0.0, "base_model": "data/tiny/model"}
     finetune.train(output_dir="out/finetune", prompt_template="alpaca_short", **flags)
     capsys.readouterr()
     generate(prompt="Count.", input="a b", max_new_tokens=1)
@@ -521,7 +1027,7 @@ def damage(folder, kind):
         ("shallow", "does not fit this base model: 8 tensors have no counterpart, .*layers.2"),
         ("wide", "is damaged or does not fit this base model: (?s:.*)size mismatch.*layers.0"),
         ("torn", "is damaged or does not fit this base model: .*incomplete metadata"),
-        ("no json", "is damaged or does not fit this base model: Expecting property name"),
+        ("no json", "is damaged: adapter_config.json: Expecting property name"),
         ("peft_type", "is damaged or does not fit this base model: 'MAGIC'"),
         ("target_modules", "is damaged or does not fit this base model: Target modules .'c_attn'. not found"),
         ("no weights", "no adapter_config.json and adapter_model.safetensors there"),
@@ -534,7 +1040,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, adapter, kind, messag
     shutil.copytree(adapter, folder)
     damage(folder, kind)
     with pytest.raises(ValueError, match=f"--lora_weights {folder}:? {message}") as refused:
-        generate(lora_weights=str(folder))
+        generate(base_model="data/tiny/model", lora_weights=str(folder))
     assert len(str(refused.value)) < 600
 
 
@@ -558,11 +1064,17 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
     [
         ({"prompt": "a", "data_path": "b"}, "--prompt and --data_path: give one of them"),
         ({"input": "a"}, "--input goes with --prompt"),
-        ({"score": "exact"}, "--score exact needs --data_path"),
+        ({"score": "exact"}, "--score needs a file: --data_path, or --run"),
         ({"score": "gsm8k", "data_path": str(DATA)}, "--score gsm8k: one of gsm8k_strict"),
-        ({"output_path": "x"}, "--output_path x goes with --data_path"),
-        ({"output_path": ".", "data_path": str(DATA)}, "--output_path . is a folder: name a file"),
-        ({"output_path": str(DATA), "data_path": str(DATA)}, "is the file of --data_path"),
+        ({"output_dir": "x", "overwrite": True}, "--overwrite and --output_dir needs a file"),
+        ({"output_dir": str(DATA), "data_path": str(DATA)}, "--output_dir .* cannot be made: .*File exists"),
+        ({"chat": True, "ui": True}, "--chat and --ui: one at a time"),
+        ({"chat": True, "data_path": "x"}, "--chat and --run or --data_path: one at a time"),
+        ({"prompt": "a", "run": "x"}, "--prompt and --run or --data_path: one at a time"),
+        ({"run": "nowhere"}, "--run nowhere: no run.json there"),
+        ({"max_samples": 4}, "--max_samples 4 goes with --data_path"),
+        ({"host": "0.0.0.0"}, "--host, --port and --password belong to a page: --ui"),
+        ({"score": "no.py:f", "data_path": str(DATA)}, "--score no.py:f: there is no file no.py"),
         ({"temperature": -1.0}, "--temperature and --top_k must not be negative"),
         ({"temperature": math.nan}, "--temperature and --top_k must not be negative"),
         ({"temperature": math.inf}, "--temperature and --top_k must not be negative"),
@@ -573,19 +1085,23 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         ({"num_beams": 0}, "must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"micro_batch_size": 0}, "must be at least 1"),
-        ({"max_samples": -1}, "--max_samples and --seed must not be negative"),
-        ({"seed": 2**32}, "--max_samples and --seed must not be negative"),
+        ({"max_samples": -1, "data_path": str(DATA)}, "--max_samples not negative"),
+        ({"seed": 2**32}, "--seed 4294967296 must not be negative, and below"),
         ({"top_k": 5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"top_p": 0.5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"num_beams": 2, "temperature": 1.0}, "--num_beams 2 searches and --temperature 1.0 samples"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
         ({"dtype": "half"}, "--dtype half: one of auto, bfloat16"),
+        ({"prompt": "half \udcff a character"}, "--prompt: the chat template cannot render .*half"),
         ({"lora_weights": "nowhere"}, "--lora_weights nowhere: no adapter there"),
         ({"base_model": "nowhere"}, "--base_model nowhere: no such folder"),
         ({"data_path": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"data_path": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"prompt_template": "alpacca"}, "no such template; there are: alpaca, alpaca_short, chatml, vigogne"),
-        ({"prompt": "word " * 300, "max_new_tokens": 9}, "prompt 1 has 12.. tokens; with --max_new_tokens 9 .* 1024"),
+        (
+            {"prompt": "word " * 300, "max_new_tokens": 9},
+            "--prompt: 12.. tokens of prompt and --max_new_tokens 9 .* 1024",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -606,37 +1122,37 @@ def test_a_prompt_may_fill_the_context_to_the_last_position():
 @pytest.mark.parametrize(
     "name, content, flags, message",
     [
-        ("a.jsonl", '{"question": "q", "answer": "#### 1"}\n\n{"question": 5}\n', {}, r"a.jsonl, line 3: no text in"),
-        ("a.jsonl", '{"question": "q"}\n{"question": \n', {}, r"a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", '\n{"question": 5}\n', {}, r"a.jsonl, line 2: no text in"),
+        ("a.json", '[{"question": "q"},\n{"question": \n', {}, r"a.json, line 3: not valid JSON"),
         ("a.jsonl", '{"text": "q"}\n', {}, r"a.jsonl, line 1: none of the known forms"),
         ("a.jsonl", "\n", {}, r"a.jsonl: no rows in it"),
-        ("a.txt", " \n\n", {}, r"--data_path .*a.txt: no lines in it"),
+        ("a.txt", " \n\n", {}, r"a.txt: no rows in it"),
         ("a.md", "hello", {}, r"a.md: not a data file"),
         (
             "a.jsonl",
             '{"question": "q", "answer": "#### 1"}\n{"question": "q", "answer": "one"}\n',
             {"score": "gsm8k_flexible"},
-            "--score gsm8k_flexible: the answer in row 2 of .*a.jsonl has no '#### number'",
+            "--score gsm8k_flexible: no '#### number' to compare with in row 2",
         ),
         (
             "a.jsonl",
             '{"question": "q", "answer": "one"}\n{"question": "q"}\n',
             {"score": "exact"},
-            "--score exact: 1 rows of .*a.jsonl hold no answer",
+            "--score exact: no answer to compare with in row 2",
         ),
-        ("a.txt", "hello\nyou\n", {"score": "exact"}, "--score exact: 2 rows of .*a.txt hold no answer"),
+        ("a.txt", "hello\nyou\n", {"score": "exact"}, "--score exact: no answer to compare with in row 1 and 1 others"),
         (
             "a.jsonl",
-            '{"question": "q"}\n{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}\n',
+            '{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}\n',
             {},
-            "prompt 2: the chat template cannot render .*'tool'.*: the alpaca template knows user, assistant",
+            "row 1 of .*a.jsonl: the chat template cannot render .*'tool'.*: the alpaca template knows user, assistant",
         ),
-        ("a.jinja", "{{ messages[0].content", {"data_path": str(DATA)}, "prompt 1: the chat template cannot render"),
+        ("a.jinja", "{{ messages[0].content", {"data_path": str(DATA)}, "row 1 of .*: the chat template cannot render"),
         (
             "a.jinja",
             "{{- '' -}}",
             {"data_path": str(DATA)},
-            "prompt 1: the chat template .*a.jinja makes nothing of it",
+            "row 1 of .*: the chat template makes nothing of it",
         ),
     ],
     ids=lambda value: str(value)[:30],

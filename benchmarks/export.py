@@ -1,0 +1,247 @@
+"""
+Memory and time of an export: export_hf_checkpoint.py beside PEFT's merge_and_unload, on one random model in one run.
+
+    reads    nothing: a Llama of 1.3 GB in bfloat16 and a LoRA adapter for it are made in a temporary folder
+    writes   nothing: the figures go to the terminal
+
+    no GPU   python benchmarks/export.py
+
+Each side runs in a process of its own. Memory is the peak above what the process has after its imports (Linux).
+The two bars: at most 4 times the float32 size of the largest adapted tensor plus 200 MB; at most 2.5 times the time
+of copying the checkpoint with cp and of the matrix products B A themselves.
+"""
+
+import contextlib
+import difflib
+import functools
+import gc
+import inspect
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import get_type_hints
+
+import fire
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import export_hf_checkpoint  # noqa: E402 (the script under test, one folder up)
+
+# -----------------------------------------------------------------------------
+# shared with the other scripts, word for word: tests/test_copies.py compares them
+
+
+def run_cli(fn):
+    """Call `fn` with the flags on the command line, once every flag has been checked.
+
+    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and it guesses
+    types from the text, so `--bf16 false` arrives as the truthy string "false". A typo must not cost a training
+    run: fire is handed a stand-in that records the call, and the type hints say how to read each value. Flags are
+    `--name value`, booleans `--name` or `--noname`, lists `a,b` or `[a,b]`. An error that the script itself raises
+    (ValueError) is shown as its message alone; any other keeps its traceback.
+    """
+    hints, call = get_type_hints(fn), {}
+
+    @functools.wraps(fn)
+    def record(*args, **kwargs):
+        call.update(inspect.signature(fn).bind(*args, **kwargs).arguments)
+
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        fire.Fire(record, command=["--help"])  # leaves here; later, help would show the setting below as a flag
+    fire.decorators.SetParseFn(str)(record)
+    for arg in sys.argv[1:]:
+        name = arg.partition("=")[0][2:].replace("-", "_")
+        if arg.startswith("--") and name not in hints and name.removeprefix("no") not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            raise SystemExit(f"unknown flag --{name}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
+    fire.Fire(record)  # leaves here on anything it cannot consume
+    for name, text in call.items():
+        hint = hints[name]
+        if hint is bool:
+            if text not in ("True", "False"):
+                raise SystemExit(f"--{name} takes no value, got {text!r}: write --{name} or --no{name}")
+            call[name] = text == "True"
+        elif text in ("True", "False"):  # what fire records for a flag that nothing follows
+            raise SystemExit(f"--{name} needs a value: --{name} {getattr(hint, '__name__', hint).upper()}")
+        elif hint in (int, float):
+            try:
+                call[name] = hint(text)
+            except ValueError:
+                raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
+        elif hint == list[str]:
+            call[name] = [part.strip(" '\"") for part in text.strip("[]()").split(",") if part.strip(" '\"")]
+    try:
+        return fn(**call)
+    except ValueError as error:
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def peak_memory(device):
+    """Start measuring; the function returned gives the peak since then, in bytes above what was in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+
+    def resident(name):
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+
+    before = resident("VmRSS")
+    return lambda: resident("VmHWM") - before
+
+
+def write_pair(folder, hidden, layers, vocab, rank, dora, seed):
+    """Write folder/base, a random Llama in bfloat16 and files of 400 MB, and folder/adapter, LoRA on all its layers."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    model.save_pretrained(folder / "base", max_shard_size="400MB")
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=dora, init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+
+
+def streamed(folder, check):
+    """Export with export_hf_checkpoint.py, and with the self-check if `check`."""
+    flags = {"base_model": str(folder / "base"), "lora_weights": str(folder / "adapter"), "check": check}
+    with contextlib.redirect_stdout(io.StringIO()):
+        export_hf_checkpoint.export(**flags, output_dir=str(folder / "out"), overwrite=True, max_shard_size="400MB")
+
+
+def unloaded(folder):
+    """Export as PEFT's documentation does: load all, merge_and_unload, save."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    model.save_pretrained(folder / "out", max_shard_size="400MB")
+
+
+def matrix_products(folder):
+    """Compute every update B A, and nothing else."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    for name, a in weights.items():
+        if ".lora_A." in name:
+            weights[name.replace("lora_A", "lora_B")].float() @ a.float()
+
+
+def measure_side(side, folder):
+    """Run one side in this process; returns {"seconds", "cpu": seconds, "peak": bytes above the imports}."""
+    import accelerate  # noqa: F401 (every import that a side makes later)
+    import peft  # noqa: F401
+    import transformers.conversion_mapping
+    import transformers.core_model_loading  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    export_hf_checkpoint.quiet_libraries()
+    sides = {"check": functools.partial(streamed, check=True), "streamed": functools.partial(streamed, check=False)}
+    sides |= {"peft": unloaded, "products": matrix_products}
+    measure, started, cpu = peak_memory(torch.device("cpu")), time.time(), time.process_time()
+    sides[side](folder)
+    return {"seconds": time.time() - started, "cpu": time.process_time() - cpu, "peak": measure()}
+
+
+def compare_exports(
+    *,
+    hidden: int = 2048,
+    layers: int = 8,
+    vocab: int = 32000,
+    rank: int = 16,
+    use_dora: bool = False,
+    rounds: int = 3,
+    seed: int = 0,
+    side: str = "",
+    folder: str = "",
+):
+    """Measure both sides, cp and the matrix products, and print the ratios beside the bars.
+
+    Args:
+        hidden: hidden size of the model, a multiple of 128.
+        layers: layers of the model.
+        vocab: vocabulary entries of the model.
+        rank: of the adapter, on every linear layer but the output.
+        use_dora: make it a DoRA adapter.
+        rounds: times that the sides take turns; medians are printed.
+        seed: of everything random.
+        side: streamed, check, peft or products: measure this side alone, in this process, and print it as JSON.
+        folder: the model and adapter of --side.
+    """
+    if side:
+        print(json.dumps(measure_side(side, Path(folder))))
+        return
+    got = {name: [] for name in ("cp", "products", "streamed", "check", "peft")}
+    with tempfile.TemporaryDirectory() as made:
+        made = Path(made)
+        write_pair(made, hidden, layers, vocab, rank, use_dora, seed)
+        gc.collect()
+        size = sum(path.stat().st_size for path in (made / "base").iterdir())
+        for n in range(rounds):
+            for name in got:
+                subprocess.run(["rm", "-rf", made / "copy", made / "out"], check=True)
+                subprocess.run(["sync"], check=True)  # what the last side wrote must not slow this one down
+                if name == "cp":
+                    started, cpu = time.time(), os.times()
+                    subprocess.run(["cp", "-r", made / "base", made / "copy"], check=True)
+                    cpu = sum(os.times()[2:4]) - sum(cpu[2:4])  # of child processes
+                    got[name].append({"seconds": time.time() - started, "cpu": cpu, "peak": 0})
+                else:
+                    command = [sys.executable, __file__, f"--side={name}", f"--folder={made}"]
+                    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+                    got[name].append(json.loads(said.splitlines()[-1]))
+            line = ", ".join(f"{name} {runs[-1]['seconds']:.1f} s" for name, runs in got.items())
+            print(f"round {n + 1}: {line}", flush=True)
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in got.items()}
+    peak = {name: statistics.median(run["peak"] for run in runs) / 1e6 for name, runs in got.items()}
+    largest = 4 * hidden * 4 * hidden / 1e6  # MB: the float32 size of an MLP's weight
+    cpu = {name: statistics.median(run["cpu"] for run in runs) for name, runs in got.items()}
+    floor, cpu_floor = seconds["cp"] + seconds["products"], cpu["cp"] + cpu["products"]
+    print(f"model     {size / 1e9:.2f} GB in bfloat16, largest adapted tensor {largest:.0f} MB in float32, rank {rank}")
+    print(f"memory    bar {4 * largest + 200:.0f} MB = 4 x {largest:.0f} + 200")
+    for name in ("streamed", "check", "peft"):
+        print(
+            f"  {name:9s} {peak[name]:8.0f} MB   {(peak[name] - 200) / largest:5.2f} x the largest tensor, plus 200 MB"
+        )
+    print(f"time      floor {floor:.1f} s = cp {seconds['cp']:.1f} + products {seconds['products']:.1f}; bar 2.5 x")
+    print(f"          of processors, which a busy machine changes less: floor {cpu_floor:.1f} s")
+    for name in ("streamed", "check", "peft"):
+        print(
+            f"  {name:9s} {seconds[name]:8.1f} s    {seconds[name] / floor:5.2f} x    "
+            f"of processors {cpu[name]:5.1f} s {cpu[name] / cpu_floor:5.2f} x"
+        )
+    return {"seconds": seconds, "peak_mb": peak, "bar_mb": 4 * largest + 200, "time_ratio": seconds["streamed"] / floor}
+
+
+if __name__ == "__main__":
+    run_cli(compare_exports)

@@ -1,0 +1,347 @@
+"""
+PPO speed and memory: ppo_gsm8k.py beside TRL's PPO trainer, and its rollout beside `model.generate`, in one run.
+
+    reads    data/tiny (model and problems); other models are made in a temporary folder
+    writes   nothing: the figures and their ratios go to the terminal
+
+    step     pip install --no-deps trl==1.11.0, then python benchmarks/ppo.py --measure step
+    rollout  python benchmarks/ppo.py --measure rollout
+    memory   python benchmarks/ppo.py --measure memory
+
+step: a whole PPO step from the same model, with the same batch, mini-batches and longest response, LoRA of the same
+rank on the actor. 1.11.0 is the last TRL release with a PPO trainer. It scores with a network and not with a function,
+so it is given one of the policy's shape, and the time of that is measured and taken off.
+"""
+
+import contextlib
+import difflib
+import functools
+import gc
+import inspect
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import get_type_hints
+
+import fire
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ppo_gsm8k  # noqa: E402 (the script under test, one folder up)
+
+# -----------------------------------------------------------------------------
+# shared with the other scripts, word for word: tests/test_copies.py compares them
+
+
+def run_cli(fn):
+    """Call `fn` with the flags on the command line, once every flag has been checked.
+
+    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and it guesses
+    types from the text, so `--bf16 false` arrives as the truthy string "false". A typo must not cost a training
+    run: fire is handed a stand-in that records the call, and the type hints say how to read each value. Flags are
+    `--name value`, booleans `--name` or `--noname`, lists `a,b` or `[a,b]`. An error that the script itself raises
+    (ValueError) is shown as its message alone; any other keeps its traceback.
+    """
+    hints, call = get_type_hints(fn), {}
+
+    @functools.wraps(fn)
+    def record(*args, **kwargs):
+        call.update(inspect.signature(fn).bind(*args, **kwargs).arguments)
+
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        fire.Fire(record, command=["--help"])  # leaves here; later, help would show the setting below as a flag
+    fire.decorators.SetParseFn(str)(record)
+    for arg in sys.argv[1:]:
+        name = arg.partition("=")[0][2:].replace("-", "_")
+        if arg.startswith("--") and name not in hints and name.removeprefix("no") not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            raise SystemExit(f"unknown flag --{name}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
+    fire.Fire(record)  # leaves here on anything it cannot consume
+    for name, text in call.items():
+        hint = hints[name]
+        if hint is bool:
+            if text not in ("True", "False"):
+                raise SystemExit(f"--{name} takes no value, got {text!r}: write --{name} or --no{name}")
+            call[name] = text == "True"
+        elif text in ("True", "False"):  # what fire records for a flag that nothing follows
+            raise SystemExit(f"--{name} needs a value: --{name} {getattr(hint, '__name__', hint).upper()}")
+        elif hint in (int, float):
+            try:
+                call[name] = hint(text)
+            except ValueError:
+                raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
+        elif hint == list[str]:
+            call[name] = [part.strip(" '\"") for part in text.strip("[]()").split(",") if part.strip(" '\"")]
+    try:
+        return fn(**call)
+    except ValueError as error:
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+# -----------------------------------------------------------------------------
+# both sides
+
+
+def starting_model(folder, seed):
+    """Write an adapter of the embedded base with small random weights; return the merged model and the tokenizer."""
+    torch.manual_seed(seed)
+    model = ppo_gsm8k.load_base(str(ROOT / "data/tiny/model"), torch.float32, False, False, "cpu")
+    model = ppo_gsm8k.add_lora(model, ["all-linear"], r=16, lora_alpha=32)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=1e-3)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer = ppo_gsm8k.load_tokenizer(str(ROOT / "data/tiny/model"))
+    ppo_gsm8k.use_template(tokenizer, "alpaca")
+    tokenizer.save_pretrained(folder)
+    return model.merge_and_unload(), tokenizer
+
+
+def our_steps(folder, lora_weights, batch_size, response_length, steps):
+    """Return the seconds of each PPO step of ppo_gsm8k.py, and its mean response length."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = ppo_gsm8k.train_ppo(
+            base_model=str(ROOT / "data/tiny/model"),
+            lora_weights=str(lora_weights),
+            output_dir=str(folder),
+            overwrite=True,
+            train_batch_size=batch_size,
+            ppo_mini_batch_size=batch_size // 4,
+            temperature=1.0,
+            max_response_length=response_length,
+            total_training_steps=steps,
+            test_freq=0,
+            save_freq=0,
+        )
+    records = [r for r in made["records"] if "timing_s/step" in r]
+    return [r["timing_s/step"] for r in records], statistics.mean(r["response_length/mean"] for r in records)
+
+
+def trl_steps(folder, model, tokenizer, batch_size, response_length, steps, seed):
+    """Return the seconds of each PPO step of TRL's trainer, less those of its reward network."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy = type(model)(model.config)
+    policy.load_state_dict(model.state_dict())
+    model.save_pretrained(folder / "network")
+    value, reward = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "network", num_labels=1) for _ in range(2)
+    )
+    spent, forward, seconds = [0.0], reward.base_model.forward, []
+
+    def timed(*args, **kwargs):
+        started = time.perf_counter()
+        out = forward(*args, **kwargs)
+        spent[0] += time.perf_counter() - started
+        return out
+
+    class StepTimes(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(time.perf_counter() - self.began - spent[0])
+            self.began, spent[0] = time.perf_counter(), 0.0
+
+    reward.base_model.forward = timed
+    problems, _ = ppo_gsm8k.read_problems(str(ROOT / "data/tiny/train.jsonl"), "train", tokenizer, 512, True)
+    rows = Dataset.from_dict({"input_ids": [problem["prompt"] for problem in problems]})
+    tokenizer.padding_side = "left"
+    config = PPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=batch_size // 4,
+        gradient_accumulation_steps=4,
+        num_mini_batches=4,
+        num_ppo_epochs=1,
+        total_episodes=batch_size * steps,
+        response_length=response_length,
+        stop_token="eos",
+        temperature=1.0,
+        local_rollout_forward_batch_size=batch_size,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        seed=seed,
+    )
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    times = StepTimes()
+    trainer.add_callback(times)
+    with contextlib.redirect_stdout(io.StringIO()):
+        times.began = time.perf_counter()
+        trainer.train()
+    return seconds
+
+
+def our_rollout(model, tokenizer, prompts, response_length):
+    """Return (seconds, responses) of ppo_gsm8k's greedy rollout."""
+    policies = ppo_gsm8k.Policies({"actor": model}, None, torch.float32, "cpu")
+    to_logits = functools.partial(ppo_gsm8k.sampled_logits, temperature=1.0, vocab_size=model.config.vocab_size)
+    rollout = ppo_gsm8k.Rollout(policies, to_logits, [tokenizer.eos_token_id], 512, len(prompts), 16384)
+    started = time.perf_counter()
+    responses, _ = rollout.generate(prompts, response_length)
+    seconds = time.perf_counter() - started
+    model.set_attn_implementation("sdpa")
+    return seconds, responses
+
+
+def library_rollout(model, tokenizer, prompts, response_length):
+    """Return (seconds, responses) of model.generate on the same prompts, padded on the left, greedy."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    config = GenerationConfig(
+        max_new_tokens=response_length, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=1
+    )
+    model.config.use_cache = True
+    started = time.perf_counter()
+    with torch.no_grad():
+        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, longest:].tolist()
+    seconds = time.perf_counter() - started
+    ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row) for row in rows]
+    return seconds, [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def memory_of_step(folder):
+    """Print the peak memory of a PPO step on the model in `folder`, above what importing took, in bytes."""
+    torch.set_num_threads(1)
+    before = ppo_gsm8k.peak_rss()
+    with contextlib.redirect_stdout(io.StringIO()):
+        ppo_gsm8k.train_ppo(
+            base_model=str(folder / "model"),
+            train_files=str(ROOT / "data/tiny/train.jsonl"),
+            output_dir=str(folder / "out"),
+            overwrite=True,
+            train_batch_size=8,
+            ppo_mini_batch_size=4,
+            max_response_length=32,
+            ppo_max_tokens=512,
+            total_training_steps=1,
+            save_freq=0,
+        )
+    print(json.dumps(ppo_gsm8k.peak_rss() - before))
+
+
+def compare_memory(folder, hidden, layers, seed):
+    """Print the peak memory of a PPO step beside what copies of the weights take."""
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=hidden * 4864 // 896,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 448),
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        eos_token_id=0,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "model")
+    ppo_gsm8k.load_tokenizer(str(ROOT / "data/tiny/model")).save_pretrained(folder / "model")
+    one = sum(p.numel() * p.element_size() for p in model.parameters())
+    del model
+    gc.collect()
+    command = [sys.executable, __file__, "--measure", "memory_of_step", "--folder", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(made.stderr[-3000:])
+    above = json.loads(made.stdout.strip().splitlines()[-1]) - one
+    print(f"one copy of the base: {one / 2**20:,.0f} MiB; four: {4 * one / 2**20:,.0f} MiB")
+    print(f"peak of a PPO step above one copy: {above / 2**20:,.0f} MiB, {above / (4 * one):.2f} of four copies")
+    return {"one": one, "above": above}
+
+
+def compare_ppo(
+    *,
+    measure: str = "step",
+    batch_size: int = 64,
+    response_length: int = 64,
+    steps: int = 3,
+    rounds: int = 3,
+    hidden: int = 896,
+    layers: int = 8,
+    folder: str = "",
+    seed: int = 0,
+):
+    """Measure ppo_gsm8k.py beside TRL's PPO trainer or model.generate, or its memory beside copies of the weights.
+
+    Args:
+        measure: step, rollout or memory.
+        batch_size: prompts of a step, or of a rollout.
+        response_length: longest response, in tokens.
+        steps: PPO steps of a round; the first, which warms up, is not counted.
+        rounds: both sides are measured in turn this many times.
+        hidden: hidden size of the model whose memory is measured.
+        layers: layers of that model.
+        folder: of the model whose memory is measured: for the process that this script starts.
+        seed: of models and prompts.
+    """
+    if measure not in ("step", "rollout", "memory", "memory_of_step"):
+        raise ValueError(f"--measure {measure}: step, rollout or memory")
+    if min(batch_size, response_length, rounds, hidden, layers) < 1 or steps < 2 or batch_size % 4 or hidden % 64:
+        raise ValueError("--steps must be at least 2, --batch_size a multiple of 4, --hidden of 64, the others above 0")
+    ppo_gsm8k.quiet_libraries()
+    if measure == "memory_of_step":
+        return memory_of_step(Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        if measure == "memory":
+            return compare_memory(temporary, hidden, layers, seed)
+        torch.set_num_threads(1)
+        model, tokenizer = starting_model(temporary / "start", seed)
+        problems, _ = ppo_gsm8k.read_problems(str(ROOT / "data/tiny/train.jsonl"), "train", tokenizer, 512, True)
+        ours, others = [], []
+        for number in range(rounds):
+            gc.collect()
+            if measure == "step":
+                took, length = our_steps(temporary / "ours", temporary / "start", batch_size, response_length, steps)
+                theirs = trl_steps(temporary, model, tokenizer, batch_size, response_length, steps, seed)
+                ours, others = [*ours, statistics.mean(took[1:])], [*others, statistics.mean(theirs[1:])]
+                what = f"mean response {length:.0f} tokens"
+            else:
+                picked = np.random.default_rng(seed + number).permutation(len(problems))[:batch_size]
+                prompts = [problems[i]["prompt"] for i in picked]
+                (took, mine), (theirs, other) = (
+                    rollout(model, tokenizer, prompts, response_length) for rollout in (our_rollout, library_rollout)
+                )
+                if mine != other:
+                    raise RuntimeError("the greedy responses differ")
+                ours, others = [*ours, took], [*others, theirs]
+                lengths = sorted(map(len, mine))
+                what = f"{sum(lengths):,} tokens, {lengths[0]} to {lengths[-1]} a response, equal on both sides"
+            print(f"round {number + 1}: {what}; {ours[-1]:.2f} s beside {others[-1]:.2f} s", flush=True)
+        ratio = statistics.median(b / a for a, b in zip(ours, others, strict=True))
+        print(
+            f"{'TRL' if measure == 'step' else 'model.generate'} takes {ratio:.2f} times as long (median of {rounds})"
+        )
+        return {"ours": ours, "others": others, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    run_cli(compare_ppo)

@@ -1,0 +1,550 @@
+"""
+Export a Llama or Qwen2 model, with or without a LoRA adapter, as Meta's own checkpoint.
+
+    reads    --base_model, --lora_weights (an adapter folder of finetune.py, or any PEFT adapter that can be merged)
+    writes   --output_dir    consolidated.00.pth (a dict of plain tensors), params.json (what the target's ModelArgs
+                             takes, and nothing else), export.json (sources, self-check), the tokenizer's files
+    then     torch.load("OUT/consolidated.00.pth", weights_only=True, mmap=True), or ExecuTorch's Llama export
+
+    tiny     python export_state_dict.py
+    Llama    python export_state_dict.py --base_model meta-llama/Llama-3.1-8B --lora_weights out/finetune/adapter
+    phones   python export_state_dict.py --base_model Qwen/Qwen2.5-0.5B --target executorch
+
+Meta's model rotates neighbouring pairs of a head's elements, transformers' the first half against the second: the rows
+of the query and key projections, and of their biases, change places. What Meta's model cannot compute is refused.
+
+The base model's files are mapped, not read: in memory is what changes, with an adapter on all layers about the model.
+"""
+
+import difflib
+import functools
+import inspect
+import json
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_type_hints
+
+import fire
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+HERE = Path(__file__).resolve().parent
+MODEL_TYPES = ("llama", "mistral", "qwen2")  # transformers' names of what is Meta's model, biases of Qwen2 aside
+META_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+TOKENIZER_PARTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+# -----------------------------------------------------------------------------
+# shared with the other scripts, word for word: tests/test_copies.py compares them
+
+
+def run_cli(fn):
+    """Call `fn` with the flags on the command line, once every flag has been checked.
+
+    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and it guesses
+    types from the text, so `--bf16 false` arrives as the truthy string "false". A typo must not cost a training
+    run: fire is handed a stand-in that records the call, and the type hints say how to read each value. Flags are
+    `--name value`, booleans `--name` or `--noname`, lists `a,b` or `[a,b]`. An error that the script itself raises
+    (ValueError) is shown as its message alone; any other keeps its traceback.
+    """
+    hints, call = get_type_hints(fn), {}
+
+    @functools.wraps(fn)
+    def record(*args, **kwargs):
+        call.update(inspect.signature(fn).bind(*args, **kwargs).arguments)
+
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        fire.Fire(record, command=["--help"])  # leaves here; later, help would show the setting below as a flag
+    fire.decorators.SetParseFn(str)(record)
+    for arg in sys.argv[1:]:
+        name = arg.partition("=")[0][2:].replace("-", "_")
+        if arg.startswith("--") and name not in hints and name.removeprefix("no") not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            raise SystemExit(f"unknown flag --{name}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
+    fire.Fire(record)  # leaves here on anything it cannot consume
+    for name, text in call.items():
+        hint = hints[name]
+        if hint is bool:
+            if text not in ("True", "False"):
+                raise SystemExit(f"--{name} takes no value, got {text!r}: write --{name} or --no{name}")
+            call[name] = text == "True"
+        elif text in ("True", "False"):  # what fire records for a flag that nothing follows
+            raise SystemExit(f"--{name} needs a value: --{name} {getattr(hint, '__name__', hint).upper()}")
+        elif hint in (int, float):
+            try:
+                call[name] = hint(text)
+            except ValueError:
+                raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
+        elif hint == list[str]:
+            call[name] = [part.strip(" '\"") for part in text.strip("[]()").split(",") if part.strip(" '\"")]
+    try:
+        return fn(**call)
+    except ValueError as error:
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def quiet_libraries():
+    """Silence the libraries' own progress bars and notes, errors aside (peft asks for a renamed property)."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+
+
+def find_path(path):
+    """Return `path` as a Path where it exists, seen from here or from this script's folder; otherwise None."""
+    return next((p for p in (Path(path), HERE / path) if path and p.exists()), None)
+
+
+def write_json(path, value):
+    """Write `value` as JSON beside `path` and rename it, so that `path` is never half written."""
+    partial = Path(f"{path}.incomplete")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def find_base(base_model):
+    """Return the folder or hub id to load --base_model from, once it can be one."""
+    path = find_path(base_model)
+    if path is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        raise ValueError(f"--base_model {base_model}: no such folder, and not the name of a hub model (owner/name)")
+    if path and not (path / "config.json").exists():
+        what = "an adapter" if (path / "adapter_config.json").exists() else "no model"
+        raise ValueError(f"--base_model {base_model}: {what} is in this folder (there is no config.json)")
+    return str(path or base_model)
+
+
+def load_config(base):
+    """Return the configuration of the language model in a folder or hub id."""
+    try:
+        return transformers.AutoConfig.from_pretrained(base).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base_model {base} cannot be loaded: {error}") from error
+
+
+def load_adapter(model, lora_weights):
+    """Return `model` with the adapter of a folder, once every tensor of it has found its place."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    folder = Path(lora_weights)
+    if not (folder / "adapter_config.json").exists() or not (folder / "adapter_model.safetensors").exists():
+        raise ValueError(f"--lora_weights {lora_weights}: no adapter_config.json and adapter_model.safetensors there")
+    warnings.filterwarnings("ignore", message="Found missing adapter keys")  # all of them by name; refused below
+    try:
+        model = PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # peft, torch and safetensors have their own kinds; torch lists every tensor
+        raise ValueError(
+            f"--lora_weights {lora_weights} is damaged or does not fit this base model: {error!s:.300}"
+        ) from error
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        odd = set(file.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    odd -= set(model.state_dict())  # where embeddings are adapted, peft saves the base model's own with the adapter
+    if odd:
+        raise ValueError(
+            f"--lora_weights {lora_weights} does not fit this base model: {len(odd)} tensors have no counterpart, "
+            f"{', '.join(sorted(odd)[:3])} among them"
+        )
+    return model
+
+
+# -----------------------------------------------------------------------------
+# Meta's format
+
+
+def ffn_params(dim, ffn_size):
+    """Return the entries of params.json that make Meta's model compute `ffn_size`, for which it has no entry itself.
+
+    It takes multiple_of * ceil(int(ffn_dim_multiplier * int(8 * dim / 3)) / multiple_of): with multiple_of the size
+    itself, any product from 1 to the size gives the size.
+    """
+    product = int(2 * (4 * dim) / 3)
+    return {"multiple_of": ffn_size} | ({"ffn_dim_multiplier": ffn_size / product} if product > ffn_size else {})
+
+
+def rope_params(rope, target):
+    """Return (entries of params.json, what is refused) for a config's rope_parameters.
+
+    Meta's code has Llama 3.1's scaling with its numbers as constants; ExecuTorch lets two of them be set.
+    """
+    kind, entries, refused = rope["rope_type"], {"rope_theta": rope["rope_theta"]}, []
+    if rope.get("partial_rotary_factor", 1) != 1:
+        refused.append(f"partial_rotary_factor {rope['partial_rotary_factor']} (1 only)")
+    if kind == "default":
+        return entries, refused
+    if kind != "llama3":
+        return entries, [*refused, f"RoPE scaling of type {kind} (llama3 only)"]
+    constants = {"low_freq_factor": 1, "original_max_position_embeddings": 8192}
+    entries["use_scaled_rope"] = True
+    if target == "llama":
+        constants |= {"factor": 8, "high_freq_factor": 4}
+    else:
+        for name, key in {"factor": "rope_scale_factor", "high_freq_factor": "high_freq_factor"}.items():
+            entries[key] = int(rope[name]) if rope[name] == int(rope[name]) else rope[name]
+    wrong = [f"{name} {rope[name]} ({value} only)" for name, value in constants.items() if rope[name] != value]
+    hint = " (--target executorch has it)" if target == "llama" and rope["factor"] != 8 else ""
+    return entries, refused + [f"RoPE scaling with {', '.join(wrong)}{hint}"] * bool(wrong)
+
+
+def meta_params(config, target):
+    """Return what params.json says of a transformers config; ValueError names all that the target cannot compute.
+
+    Both loaders call ModelArgs(**params), which raises on a name that it does not know: Llama 3.0's code has no
+    use_scaled_rope, so that is written only where it is true. Meta's code loads with strict=False: the biases of a
+    Qwen2 would be dropped without a word.
+    """
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"--base_model is a {config.model_type}, which is not Meta's model: {', '.join(MODEL_TYPES)} are"
+        )
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    entries, refused = rope_params(config.rope_parameters, target)
+    qwen2, window = config.model_type == "qwen2", getattr(config, "sliding_window", None)
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method")
+        refused.append(f"weights quantized with {method} (give the unquantized model: its adapters fit that, too)")
+    if config.hidden_act != "silu":
+        refused.append(f"activation {config.hidden_act} (silu only)")
+    if window and (not qwen2 or "sliding_attention" in config.layer_types):
+        refused.append(f"sliding windows of {window} tokens")
+    if getattr(config, "attention_bias", False):
+        refused.append("attention_bias: a bias of the attention's output projection")
+    if getattr(config, "mlp_bias", False):
+        refused.append("mlp_bias")
+    if qwen2 and target == "llama":
+        refused.append("biases of the query, key and value projections (--target executorch has them)")
+    if head_dim * heads != config.hidden_size and target == "llama":
+        refused.append(
+            f"head_dim {head_dim}, which is not hidden_size {config.hidden_size} / {heads} heads "
+            "(--target executorch has it)"
+        )
+    if head_dim % 2 or heads % config.num_key_value_heads:
+        refused.append(f"{heads} heads of {head_dim} elements with {config.num_key_value_heads} key and value heads")
+    if refused:
+        raise ValueError(f"--target {target} cannot represent this base model: " + "; ".join(refused))
+    sizes = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": heads}
+    sizes |= {"n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size}
+    sizes |= ffn_params(config.hidden_size, config.intermediate_size) | {"norm_eps": config.rms_norm_eps}
+    if head_dim * heads != config.hidden_size:
+        sizes["head_dim"] = head_dim
+    return sizes | entries | ({"attention_qkv_bias": True} if qwen2 else {})
+
+
+def meta_name(name):
+    """Return Meta's name of a tensor that transformers calls `name`."""
+    match = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.+)\.(weight|bias)", name)
+    if not match or match[2] not in META_NAMES:
+        raise ValueError(f"--base_model: Meta's model has no counterpart of its tensor {name}")
+    return f"{match[1] or ''}{META_NAMES[match[2]]}.{match[3]}"
+
+
+def permute_for_rope(tensor, num_heads):
+    """Move a head's element i of its first half to 2i, and of its second half to 2i + 1.
+
+    tensor   [num_heads * head_dim, ...], a projection's weight or bias; the result is a new tensor
+    """
+    return tensor.reshape(num_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def unpermute_for_rope(tensor, num_heads):
+    """Undo permute_for_rope: the even elements of a head are its first half, the odd ones its second."""
+    heads = tensor.reshape(num_heads, -1, *tensor.shape[1:])
+    return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).reshape(tensor.shape)
+
+
+def rotated_heads(name, config):
+    """Return the number of heads in a tensor (of transformers' name) that is to be permuted, else None."""
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return rotated.get(name.split(".")[-2])
+
+
+def to_meta(weights, config):
+    """Turn {transformers' name: tensor} into {Meta's name: tensor}; what is not permuted shares its memory."""
+    stored = {}
+    for name, tensor in weights.items():
+        heads = rotated_heads(name, config)
+        tensor = permute_for_rope(tensor, heads) if heads else tensor.contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save would write all that a view looks at
+            tensor = tensor.clone()
+        stored[meta_name(name)] = tensor
+    return stored
+
+
+def check_stored(path, weights, config):
+    """Read a state dict back from disk and compare it, permuted back, with the weights; returns its tensor count."""
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    wrong = sorted(set(stored) ^ {meta_name(name) for name in weights})
+    for name, tensor in weights.items():
+        back, heads = stored.get(meta_name(name)), rotated_heads(name, config)
+        if back is None or not torch.equal(unpermute_for_rope(back, heads) if heads else back, tensor):
+            wrong.append(meta_name(name))
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors are not what was written, {', '.join(wrong[:3])} among them")
+    return len(stored)
+
+
+# -----------------------------------------------------------------------------
+# base and adapter
+
+
+def load_source(base, allow_pickle):
+    """Load the base model of a folder or hub id to the CPU, in its own dtype, once all of it is there and is used."""
+    if Path(base).is_dir() and not allow_pickle and not any(Path(base).glob("*.safetensors")):
+        pickled = sorted(path.name for path in Path(base).glob("*.bin"))
+        if pickled:
+            raise ValueError(
+                f"--base_model {base} has its weights in {pickled[0]}, a pickle: convert it to safetensors, or give "
+                "--allow_pickle if you know where it comes from"
+            )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, dtype="auto", use_safetensors=None if allow_pickle else True, output_loading_info=True
+        )
+    except Exception as error:  # transformers, torch and safetensors have their own kinds
+        raise ValueError(f"--base_model {base} cannot be loaded: {error!s:.500}") from error
+    unused = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    for names, what in (sorted(info["missing_keys"]), "in its files"), (unused, "in its configuration"):
+        if names:
+            raise ValueError(
+                f"--base_model {base}: {len(names)} tensors are not {what}: {', '.join(names[:5])}"
+                + ("" if len(names) < 6 else ", ...")
+            )
+    return model.eval()
+
+
+def readable_adapter(lora_weights, allow_pickle, scratch):
+    """Return the folder of an adapter in safetensors: its own, or `scratch`, to which a pickled one is converted.
+
+    Refuses an adapter that is pickled, without `allow_pickle`, and one that changes nothing.
+    """
+    folder, path = Path(lora_weights), Path(lora_weights) / "adapter_model.safetensors"
+    pickled = folder / "adapter_model.bin"
+    if not path.exists() and pickled.exists():
+        if not allow_pickle:
+            raise ValueError(
+                f"--lora_weights {lora_weights} has its weights in {pickled.name}, a pickle: give --allow_pickle if "
+                "you know where it comes from"
+            )
+        try:
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / path.name)
+        except Exception as error:  # torch's kinds, and what a damaged pickle makes of the loop
+            raise ValueError(f"--lora_weights {pickled} is not a file of plain tensors: {error!s:.200}") from error
+        shutil.copy(folder / "adapter_config.json", scratch)
+        folder, path = scratch, scratch / path.name
+    if path.exists():  # otherwise load_adapter says what is missing
+        try:
+            with safe_open(path, "pt") as file:
+                lora_b = [name for name in file.keys() if "lora_B" in name or "lora_embedding_B" in name]
+                zero = lora_b and not any(file.get_tensor(name).any() for name in lora_b)
+        except SafetensorError as error:
+            raise ValueError(f"--lora_weights {lora_weights}: {path.name} is damaged: {error}") from error
+        if zero:
+            raise ValueError(
+                f"--lora_weights {lora_weights} changes nothing: all {len(lora_b)} LoRA B matrices are zero"
+            )
+    return folder
+
+
+def merge_in_float32(model, dtype):
+    """Merge every adapted layer of a PEFT model in float32 and round it once; returns {layer: difference}.
+
+    The difference is the largest one between the layer's outputs with the adapter beside it and with it merged, on
+    random inputs in float32, relative to the largest output: it proves each merge by another path than the merge's.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    seen, differences, generator = set(), {}, torch.Generator().manual_seed(0)
+    # a tied weight becomes two parameters in the same memory: merging into one must not change the other
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter in seen:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, torch.nn.Parameter(parameter.detach(), requires_grad=False))
+        seen.add(parameter)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base = layer.get_base_layer()
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+        if isinstance(base, torch.nn.Embedding):
+            inputs = torch.arange(base.num_embeddings)
+        else:
+            inputs = torch.randn(8, base.weight.shape[1], generator=generator)
+        try:
+            beside = layer(inputs)
+            layer.merge(safe_merge=True)  # the one that refuses NaN; in float32 it rounds no more than the other
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--lora_weights: the adapter of {name} cannot be merged: {error}") from error
+        difference = (base(inputs) - beside).abs().max() / beside.abs().max()
+        differences[name.removeprefix("base_model.model.")] = difference.item()
+        base.to(dtype)
+    return differences
+
+
+def copy_tokenizer_parts(base, lora_weights, folder):
+    """Copy the tokenizer's files of the adapter, or else the base, to `folder`, byte for byte; returns their names."""
+    carries = lora_weights and (Path(lora_weights) / "tokenizer_config.json").exists()
+    wanted = [(lora_weights if carries else base, name) for name in TOKENIZER_PARTS]
+    wanted += [(base, "tokenizer.model"), (base, "original/tokenizer.model")]  # Llama 3's own, in Meta's repositories
+    for source, name in wanted:
+        found = transformers.utils.cached_file(
+            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if found:
+            shutil.copyfile(found, folder / Path(name).name)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def check_output(output_dir, overwrite, sources):
+    """Refuse an --output_dir that is taken: by files, unless they are an earlier export and may go, or by a source."""
+    out = Path(output_dir)
+    for source in sources:
+        if out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise ValueError(f"--output_dir {output_dir} is or holds {source}, which is read: name another folder")
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return
+    if not (out / "params.json").exists() or not (out / "consolidated.00.pth").exists():
+        raise ValueError(f"--output_dir {output_dir} exists and is no earlier export: name another folder")
+    if not overwrite:
+        raise ValueError(f"--output_dir {output_dir} has an earlier export: --overwrite replaces it")
+
+
+def export_meta(
+    *,
+    base_model: str = "",
+    lora_weights: str = "",
+    output_dir: str = "out/state_dict",
+    target: str = "llama",
+    output_dtype: str = "",
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+):
+    """Write Meta's consolidated.00.pth and params.json of a base model, with an adapter merged into it or without.
+
+    Without any flag it takes data/tiny/model, with out/finetune/adapter if that is there.
+
+    Args:
+        base_model: hub id or folder of the model.
+        lora_weights: folder of a LoRA adapter. Empty: the base model alone.
+        output_dir: where everything of this run is written.
+        target: what is to load it: llama (Meta's code, and what follows it) or executorch.
+        output_dtype: of the written weights: bfloat16, float16 or float32. Empty: the base model's own.
+        allow_pickle: read weights from PyTorch's pickle files, if there are no safetensors.
+        overwrite: replace what an earlier run left in --output_dir.
+    """
+    # 1. check flags
+    if target not in ("llama", "executorch"):
+        raise ValueError(f"--target {target}: one of llama, executorch")
+    if output_dtype not in ("", "bfloat16", "float16", "float32"):
+        raise ValueError(f"--output_dtype {output_dtype}: one of bfloat16, float16, float32")
+    if not base_model:
+        base_model = "data/tiny/model"
+        trained = Path("out/finetune/adapter")
+        lora_weights = lora_weights or (str(trained) if (trained / "adapter_config.json").exists() else "")
+    if lora_weights and not (Path(lora_weights) / "adapter_config.json").exists():
+        raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
+    base = find_base(base_model)
+    check_output(output_dir, overwrite, [path for path in (find_path(base), lora_weights) if path])
+    quiet_libraries()
+    config = load_config(base)
+    params = meta_params(config, target)
+
+    # 2. base model, adapter merged
+    model = load_source(base, allow_pickle)
+    dtype = getattr(torch, output_dtype) if output_dtype else model.dtype
+    written_as = str(dtype).removeprefix("torch.")
+    print(
+        f"export_state_dict.py  {base_model} + {lora_weights or 'no adapter'} -> {output_dir}    {target}  {written_as}"
+    )
+    differences = {}
+    with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+        warnings.simplefilter("ignore")  # peft's, on merged layers and on embeddings that are no longer tied
+        if lora_weights:
+            model = load_adapter(model, readable_adapter(lora_weights, allow_pickle, Path(scratch))).eval()
+            differences = merge_in_float32(model, dtype)
+            unproven = [name for name, difference in differences.items() if not difference < 1e-4]
+            if unproven or not differences:
+                kinds = ", ".join(sorted({settings.peft_type for settings in model.peft_config.values()}))
+                why = f"it changes {', '.join(unproven[:3])}" if unproven else f"no layer has one of its kind, {kinds}"
+                raise ValueError(f"--lora_weights {lora_weights} cannot be merged: {why}")
+            model = model.merge_and_unload()
+        model.to(dtype)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --output_dtype"
+        )
+    stored = to_meta(weights, config)
+
+    # 3. write beside the target
+    out = Path(output_dir).resolve()
+    partial, replaced = out.with_name(f"{out.name}.incomplete"), out.with_name(f"{out.name}.replaced.incomplete")
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in stored.values()}.values())
+    for leftover in partial, replaced:
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            raise ValueError(f"--output_dir {output_dir}: {size:,} bytes to write, {free:,} are free")
+        torch.save(stored, partial / "consolidated.00.pth")
+        write_json(partial / "params.json", params)
+        num_tensors = check_stored(partial / "consolidated.00.pth", weights, config)
+        summary = {"base_model": base_model, "lora_weights": lora_weights, "target": target}
+        summary |= {"dtype": written_as, "tensors": num_tensors, "bytes": size, "merged": differences}
+        summary |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "max_position_embeddings")}
+        summary["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+        write_json(partial / "export.json", summary)
+        files = copy_tokenizer_parts(base, lora_weights, partial)
+        if out.exists() and any(out.iterdir()):
+            out.rename(replaced)
+        partial.rename(out)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {error!s:.300}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    if differences:
+        print(
+            f"  merged      {len(differences)} layers in float32; outputs with the adapter beside and merged differ by "
+            f"{max(differences.values()):.1e} of the largest"
+        )
+    print(f"  self-check  {num_tensors} tensors read back and permuted back: bit for bit the merged weights")
+    print(f"wrote {output_dir}: {', '.join(files)}, {size:,} bytes of weights")
+    if not {"tokenizer.model", "tokenizer.json"} & set(files):
+        print(f"there is no tokenizer in {base_model}: add it yourself")
+    if params.get("use_scaled_rope") and target == "executorch":
+        # its loader sets the factor to 32 for all but llama3 and llama3_1, whatever params.json says
+        print(f"in ExecuTorch, base.model_class=llama3_1 keeps the RoPE scaling's factor {params['rope_scale_factor']}")
+    print(f'Next: torch.load("{output_dir}/consolidated.00.pth", weights_only=True, mmap=True)')
+    return summary
+
+
+if __name__ == "__main__":
+    run_cli(export_meta)

@@ -1,0 +1,247 @@
+"""
+The page of generate.py: the address it may listen on, and the page itself in a headless Chromium.
+
+    .venv/bin/python -m pytest tests/test_generate_ui.py            the address
+    .venv/bin/python -m pytest tests/test_generate_ui.py -m slow    the page: needs requirements-ui.txt and chromium
+
+With LOOSELEAF_SCREENSHOT=docs/generate_ui.png in the environment the second one renews the picture in the docs.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import generate as script
+from generate import check_address, generate
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "data/tiny/model"
+QUESTION = "Tom has 6 boxes with 7 coins in each. How many coins does Tom have now?"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio: see requirements-ui.txt")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and importlib.util.find_spec("playwright")), reason="a Chromium and playwright: requirements-ui.txt"
+)
+
+
+# -----------------------------------------------------------------------------
+# the address
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.com", "127.0.0.2", ""])
+def test_any_host_but_this_machines_own_needs_a_password(host):
+    with pytest.raises(ValueError, match=f"--host {host} lets others in: set a password, in the environment as LOOSE"):
+        check_address(host, 0, "")
+
+
+def test_an_address_that_can_be_listened_on_gives_its_port():
+    for host, password in [("127.0.0.1", ""), ("localhost", ""), ("0.0.0.0", "secret")]:
+        port = check_address(host, 0, password)
+        assert 1024 < port < 2**16 and check_address(host, port, password) == port
+
+
+def test_an_address_that_cannot_be_listened_on_is_refused_before_the_model_loads(monkeypatch):
+    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port} cannot be listened on: .*in use: choose"):
+            generate(ui=True, port=port)
+    for flags, message in [
+        ({"port": 70000}, "--port 70000: from 1 to 65535"),
+        ({"port": -1}, "--port -1: from 1 to 65535"),
+        ({"host": "192.0.2.1", "password": "x"}, "--host 192.0.2.1 --port 7860 cannot be listened on"),
+        ({"host": "no.such.host.invalid", "password": "x"}, "--host no.such.host.invalid --port 7860 cannot be"),
+        ({"prompt": "Hi"}, "--prompt and --ui: one at a time"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(ui=True, **flags)
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "gradio" else real(name, *args)
+    )
+    with pytest.raises(ValueError, match="--ui needs gradio: pip install gradio, or the exact set of requirements-ui"):
+        generate(ui=True, port=0)
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A function that starts `generate.py --ui` with more flags and returns the address that it prints."""
+    running = []
+
+    def serve(*flags, **environment):
+        command = [sys.executable, str(ROOT / "generate.py"), "--ui", "--port", "0", "--base_model", BASE, *flags]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+        )
+        running.append(process)
+        said = ""
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"^open (http://\S+) in a browser", line):
+                return found[1]
+        pytest.fail(f"the page did not open:\n{said}")
+
+    yield serve
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def page():
+    """A page of a headless Chromium that records where it asks for things, and what the last answer said when."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 720})
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.add_init_script(
+            """window.seen = []; new MutationObserver(() => {
+                const all = document.querySelectorAll('.bot.message'), last = all[all.length - 1];
+                if (last && window.seen.at(-1) !== last.innerText) window.seen.push(last.innerText);
+            }).observe(document, {subtree: true, childList: true, characterData: true});"""
+        )
+        yield page
+        browser.close()
+
+
+def send(page, text, answer):
+    """Type a message, send it, and wait for `answer` to stand in the last bubble."""
+    page.evaluate("window.seen = []")
+    page.locator("textarea").first.fill(text)
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "text => [...document.querySelectorAll('.bot.message')].at(-1)?.innerText.trim() === text",
+        arg=answer,
+        timeout=60000,
+    )
+
+
+def answer_of(text, **flags):
+    return generate(base_model=BASE, prompt=text, **flags)["answer"]
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_the_page_streams_an_answer_and_its_controls_act(served, page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = served()
+    listening = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    port = f"{int(url.rpartition(':')[2]):04X}"
+    assert [local for local, _, state in listening if local.endswith(f":{port}") and state == "0A"] == [
+        f"0100007F:{port}"
+    ]
+
+    page.goto(url)
+    page.get_by_text("Leo has 8 baskets with 14 tickets").click()  # an example goes into the box
+    box = page.locator("textarea").first
+    page.wait_for_function("() => document.querySelector('textarea').value.startsWith('Leo has 8 baskets with 14')")
+
+    expected = answer_of(QUESTION)
+    send(page, QUESTION, expected)
+    seen = [text.strip() for text in page.evaluate("window.seen") if "Loading" not in text]
+    parts = [text for text in dict.fromkeys(seen) if text and text != expected]
+    assert len(parts) >= 2 and all(expected.startswith(part) for part in parts), seen
+    if os.environ.get("LOOSELEAF_SCREENSHOT"):
+        page.mouse.move(0, 0)
+        page.screenshot(path=ROOT / os.environ["LOOSELEAF_SCREENSHOT"])
+
+    lines = iter([QUESTION, "And with 8?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    spoken = generate(base_model=BASE, chat=True)["messages"]
+    assert spoken[1]["content"] == expected
+    send(page, "And with 8?", spoken[3]["content"])  # the page remembers as the terminal does
+
+    page.goto(url)  # a new conversation
+    page.get_by_label("number input for max new tokens").fill("3")
+    page.keyboard.press("Tab")
+    send(page, QUESTION, answer_of(QUESTION, max_new_tokens=3))
+    page.get_by_text("The answer was cut at max new tokens.").wait_for()
+    page.get_by_label("number input for top k").fill("5")
+    page.keyboard.press("Tab")
+    box.fill("Hi")
+    page.keyboard.press("Enter")
+    page.get_by_text("--top_p and --top_k do nothing at --temperature 0").wait_for()
+    assert page.asked and not [asked for asked in page.asked if not asked.startswith((url, "data:", "blob:"))]
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_a_page_with_a_password_lets_nobody_else_in(served, page):
+    url = served(LOOSELEAF_PASSWORD="correct horse")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{url}/config")
+    page.goto(url)
+    page.get_by_text("Any user name, and the password.").wait_for()
+    for password, inside in (("wrong horse", False), ("correct horse", True)):
+        page.get_by_label("username").fill("anybody")
+        page.get_by_label("password").fill(password)
+        page.get_by_role("button", name="Login").click()
+        if inside:
+            page.get_by_placeholder("Type a message...").wait_for()
+        else:
+            page.get_by_text("Incorrect Credentials").wait_for()
+            assert not page.get_by_placeholder("Type a message...").count()
+    send(page, QUESTION, answer_of(QUESTION))
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_an_answer_ends_with_its_stop_button_or_its_page(page):
+    steps = []
+
+    def stream(messages, **sampling):
+        try:
+            for n in range(600):
+                steps.append(n)
+                yield "word " * n, None
+                time.sleep(0.05)
+        finally:
+            steps.append("closed")
+
+    sampling = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_beams": 1}
+    sampling |= {"repetition_penalty": 1.0, "seed": 0}
+    port = check_address("127.0.0.1", 0, "")
+    args = (stream, "a model", sampling, 100, ["Hi"], "127.0.0.1", port, "")
+    threading.Thread(target=script.open_page, args=args, daemon=True).start()
+    for end in (lambda: page.locator("button.stop-button").click(), page.close):
+        while True:
+            with contextlib.suppress(Exception):  # until the server listens
+                page.goto(f"http://127.0.0.1:{port}")
+                break
+        steps.clear()
+        page.locator("textarea").first.fill("Hi")
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.querySelector('.bot.message')?.innerText.includes('word')")
+        end()
+        started = time.time()
+        while "closed" not in steps and time.time() - started < 20:
+            time.sleep(0.1)
+        assert steps[-1] == "closed" and len(steps) < 500
