@@ -527,9 +527,10 @@ def to_problem(row):
     if not isinstance(reward, dict) or reward.get("ground_truth") is None:
         raise ValueError(f"field 'reward_model' must be an object with a ground_truth, got {reward!r:.80}")
     messages = [{"role": text_field(turn, "role"), "content": text_field(turn, "content")} for turn in turns]
+    truth = reward["ground_truth"]
     return {
         "messages": messages,
-        "ground_truth": reward["ground_truth"],
+        "ground_truth": str(truth) if isinstance(truth, int) else truth,  # scores compare texts
         "data_source": text_field(row, "data_source", required=False) or "unknown",
         "extra_info": row.get("extra_info") or {},
     }
@@ -585,7 +586,7 @@ def load_reward(reward):
     if find_path(path) is None:
         raise ValueError(f"--reward {reward}: there is no file {path}")
     spec = importlib.util.spec_from_file_location("user_reward", find_path(path))
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -690,6 +691,8 @@ def compute_reinforce_plus_plus_advantage(token_rewards, mask, gamma):
 
 def explained_variance(values, returns, mask):
     """Return 1 - Var(returns - values) / Var(returns) over the True entries of mask; 1 is perfect, 0 a constant."""
+    if mask.sum() < 2:
+        return 0.0
     errors, targets = (returns - values)[mask], returns[mask]
     return 1 - (errors.var() / (targets.var() + 1e-5)).item()
 
@@ -983,8 +986,13 @@ class Policies:
             base.config.use_cache = False
             base.set_attn_implementation("cached")
             model.eval()  # no dropout: what sampled, what is compared and what is trained are one function
+            for module in model.modules():  # nor in layers that recompute activations, which are in training mode
+                for name in [
+                    name for name, value in vars(module).items() if "dropout" in name and type(value) is float
+                ]:
+                    setattr(module, name, 0.0)
             if activation_checkpointing:
-                base.gradient_checkpointing_enable({"use_reentrant": False})
+                base.activation_checkpointing_enable({"use_reentrant": False})
                 self.layers += [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def base(self, model):
@@ -1063,7 +1071,7 @@ def pick_tokens(logits, uniforms=None):
         cumulative = logprobs.double().exp().cumsum(-1)
         # a little below the whole: the last token with any probability is the last that can be drawn
         target = uniforms.double()[:, None] * cumulative[:, -1:] * (1 - 2**-40)
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)  # nan
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -1351,11 +1359,11 @@ def check_forward(policies, rollout, to_logits, vocab_size):
     The log-probabilities of greedy responses to three random prompts must agree: as the decoding loop found them, in
     a packed row, and in the model's own forward.
     """
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(vocab_size, size=n).tolist() for n in (9, 24, 17)]
+    rng, most = np.random.default_rng(0), min(4, rollout.max_tokens - 1)
+    prompts = [rng.integers(vocab_size, size=min(n, rollout.max_tokens - most)).tolist() for n in (9, 24, 17)]
     model = policies.use("actor")
     try:
-        responses, decoded = rollout.generate(prompts, 4)
+        responses, decoded = rollout.generate(prompts, most)
         packed, _ = policies.logprobs("actor", pack_responses(prompts, responses, policies.device), to_logits)
         model.set_attn_implementation("sdpa")
         own = []
@@ -1365,8 +1373,9 @@ def check_forward(policies, rollout, to_logits, vocab_size):
                 logits = to_logits(model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1])
             own.append(logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None])[:, 0])
         model.set_attn_implementation("cached")
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"this model cannot be run packed and with this script's cache: {error}") from error
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        why = str(error).partition(": use --nopacking")[0]  # finetune.py's way out, not this script's
+        raise ValueError(f"this model cannot be run packed and with this script's cache: {why}") from error
     exact, own = policies.dtype == torch.float32 and not getattr(model, "is_quantized", False), torch.cat(own)
     for name, found in {"packed": packed, "cached": torch.from_numpy(np.concatenate(decoded))}.items():
         off = (found.to(own) - own).abs().mean().item()
@@ -1425,12 +1434,10 @@ def update(parameters, optimizer, batch, plan, epochs, max_grad_norm, micro_loss
                 sums["first_ratio_diff"] = sums.get("first_ratio_diff", 0.0) + first
         norms.append(optimizer_step(optimizer, parameters, max_grad_norm))
     finite = [norm for norm in norms if math.isfinite(norm)]
-    if not finite:
-        raise ValueError(
-            "the gradient of every mini-batch of this step is not finite; checkpoints before it are untouched. Lower "
-            "the learning rate, or with --dtype float16 use bfloat16 or float32"
-        )
-    sums = sum_over_ranks(sums) | {"grad_norm": sum(finite) / len(finite), "skipped_updates": steps - len(finite)}
+    sums = sum_over_ranks(sums) | {
+        "grad_norm": sum(finite) / max(1, len(finite)),
+        "skipped_updates": steps - len(finite),
+    }
     sums.pop("ratio_diff", None)  # the first mini-batch's says something
     return sums
 
@@ -1546,13 +1553,13 @@ def choose_checkpoint(out, resume, settings):
         if not steps:
             return None
         path = Path(out) / f"checkpoint-{steps[-1]}"
-    elif path.resolve().parent != Path(out).resolve() or int(path.name.partition("-")[2] or -1) not in steps:
+    elif path.resolve().parent != Path(out).resolve() or path.name not in {f"checkpoint-{step}" for step in steps}:
         there = ", ".join(f"checkpoint-{step}" for step in steps) or "none"
         raise ValueError(f"--resume {resume}: not a checkpoint in --output_dir {out}, which has: {there}")
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files, then = manifest["files"], manifest["settings"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--resume: {path}/manifest.json is missing or damaged: remove this checkpoint") from None
     torn = [name for name, digest in files.items() if not (path / name).exists() or file_sha256(path / name) != digest]
     if torn:
@@ -1726,7 +1733,7 @@ def check_flags(flags):
     for name in ("gamma", "lam"):
         if flags[name] > 1:
             raise ValueError(f"--{name} must be at most 1, got {flags[name]}")
-    if not 0 < flags["top_p"] <= 1 or flags["clip_ratio_c"] <= 1 or flags["seed"] >= 2**32:
+    if not 0 < flags["top_p"] <= 1 or not 1 < flags["clip_ratio_c"] < math.inf or flags["seed"] >= 2**32:
         raise ValueError("--top_p must be in (0, 1], --clip_ratio_c above 1, --seed below 2**32")
     choices = {
         "adv_estimator": ("gae", "grpo", "rloo", "reinforce_plus_plus"),
@@ -1751,6 +1758,11 @@ def check_flags(flags):
         raise ValueError(f"--critic_warmup: --adv_estimator {flags['adv_estimator']} has no critic")
     if flags["kl_ctrl"] == "adaptive" and not flags["kl_coef"]:
         raise ValueError("--kl_ctrl adaptive starts from --kl_coef, which is 0")
+    if (flags["top_k"] or flags["top_p"] < 1) and (flags["kl_coef"] or flags["kl_loss_coef"]):
+        raise ValueError(
+            "--top_k and --top_p with a KL: a token that the reference leaves out would have an infinite one. Set "
+            "--kl_coef 0 and --kl_loss_coef 0, or sample from all tokens"
+        )
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
         raise ValueError("--load_in_8bit and --load_in_4bit: give one of them")
     if not flags["lora_r"] and (flags["load_in_8bit"] or flags["load_in_4bit"]):
@@ -1777,7 +1789,7 @@ def train_ppo(
     max_prompt_length: int = 512,
     max_response_length: int = 512,
     filter_overlong_prompts: bool = True,
-    temperature: float = 1.0,
+    temperature: float = 0.6,
     top_k: int = 0,
     top_p: float = 1.0,
     # reward and advantages
@@ -1821,7 +1833,7 @@ def train_ppo(
     rollout_batch_size: int = 256,
     cuda_graph: bool = True,
     # run
-    total_epochs: float = 4.0,
+    total_epochs: float = 6.0,
     total_training_steps: int = 0,
     val_before_train: bool = True,
     test_freq: int = 10,
@@ -1956,6 +1968,9 @@ def train_ppo(
     data = json.dumps([[problem["prompt"], problem["ground_truth"]] for problem in train_set])
     settings |= {"data_sha256": hashlib.sha256(data.encode()).hexdigest()}
     settings["lora_target_modules"] = list(lora_target_modules)
+    weights = Path(lora_weights) / "adapter_model.safetensors"
+    settings["lora_sha256"] = file_sha256(weights) if lora_weights and weights.exists() else ""
+    settings["reward_sha256"] = file_sha256(find_path(reward.rpartition(":")[0])) if ":" in reward else ""
     resumed = None if overwrite else choose_checkpoint(out, resume, settings)
 
     # 4. processes, model, optimizers
@@ -1999,6 +2014,7 @@ def train_ppo(
         prefill_tokens=ppo_max_tokens,
         cuda_graph=cuda_graph and on_gpu,
     )
+    policies.sync_rollout()
     check_forward(policies, rollout, to_logits, vocab_size)
     optimizers = {"actor": make_optimizer(policies, "actor", actor_lr, weight_decay)}
     if use_critic:
@@ -2017,7 +2033,9 @@ def train_ppo(
         for path in theirs if overwrite else []:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (out / "val_generations").mkdir(parents=True, exist_ok=True)
-        write_lines(log_path, [r for r in read_log(log_path) if r["training/global_step"] < first])
+        for later in [step for step in list_checkpoints(out) if resumed and step >= first]:
+            shutil.rmtree(out / f"checkpoint-{later}")  # of the run that --resume PATH leaves behind
+        write_lines(log_path, [r for r in read_log(log_path) if resumed and r["training/global_step"] < first])
         writer = open_writers(out, first, flags, wandb_project, wandb_run_name)
     where = torch.cuda.get_device_name() if on_gpu else "cpu"
     num_all = sum(p.numel() for p in policies.models["actor"].parameters())
@@ -2035,6 +2053,9 @@ def train_ppo(
     )
     say(f"  steps       {total_steps} = {total_steps * train_batch_size / len(train_set):.3g} epochs")
     say(f"  trained     {', '.join(f'{role} {n:,}' for role, n in trainable.items())} of {num_all:,} parameters")
+    if policies.peft:
+        shape, whose = policies.models["actor"].peft_config["default"], f"of {lora_weights}" if lora_weights else "new"
+        say(f"  adapters    {whose}: rank {shape.r}, alpha {shape.lora_alpha}")
     say(f"  rates       actor {actor_lr:.2e}" + (f", critic {critic_lr:.2e}" if use_critic else ""))
     if resumed:
         say(f"  resume      {resumed}")
@@ -2096,7 +2117,7 @@ def train_ppo(
             writer(record)
 
     # 6. train
-    save_seconds = {}
+    save_seconds, stuck = {}, dict.fromkeys(optimizers, 0)
     try:
         if first == 1 and val_set and val_before_train:
             policies.sync_rollout()
@@ -2118,7 +2139,7 @@ def train_ppo(
 
             # 6.3 rewards; from here on every rank knows the whole batch
             with clock("reward"):
-                texts = tokenizer.batch_decode(made[0], skip_special_tokens=True)
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in made[0]]
                 scores = [score_response(reward_fn, problems[i], text) for i, text in zip(mine, texts, strict=True)]
             rows = gather_rows(dict(zip(mine, zip(*made, scores, strict=True), strict=True)), per_step)
             responses, rollout_logprobs, scores = (list(column) for column in zip(*rows, strict=True))
@@ -2178,6 +2199,12 @@ def train_ppo(
                     policies.use(role)
                     found = update(
                         policies.parameters(role), optimizers[role], batch, plan, ppo_epochs, max_grad_norm, micro_loss
+                    )
+                stuck[role] = stuck[role] + 1 if found["skipped_updates"] == ppo_epochs * len(plan) else 0
+                if stuck[role] == 3:
+                    raise ValueError(
+                        f"step {step}: three times in a row no mini-batch had a finite gradient. Checkpoints are "
+                        "untouched; lower the learning rates, or use --dtype bfloat16 or float32"
                     )
                 found["lr"] = optimizers[role].param_groups[0]["lr"]
                 metrics |= {f"{role}/{name}": value for name, value in found.items()}

@@ -8,9 +8,11 @@ PPO speed and memory: ppo_gsm8k.py beside TRL's PPO trainer, and its rollout bes
     rollout  python benchmarks/ppo.py --measure rollout
     memory   python benchmarks/ppo.py --measure memory
 
+rollout: prompts are problems after 0 to 4 solved ones, about 45 to 380 tokens; both sides must give the same answers.
 step: a whole PPO step from the same model, with the same batch, mini-batches and longest response, LoRA of the same
 rank on the actor. 1.11.0 is the last TRL release with a PPO trainer. It scores with a network and not with a function,
-so it is given one of the policy's shape, and the time of that is measured and taken off.
+so it is given one of the policy's shape, and the time of that is measured and taken off. The model is the embedded one
+with --vocab entries, by default as many as Qwen2.5 has; the added ones are never likely.
 """
 
 import contextlib
@@ -96,27 +98,52 @@ def run_cli(fn):
 # both sides
 
 
-def starting_model(folder, seed):
-    """Write an adapter of the embedded base with small random weights; return the merged model and the tokenizer."""
+def starting_model(folder, vocab, seed):
+    """Write the embedded base with `vocab` entries, and an adapter of it; return the merged model and the tokenizer."""
     torch.manual_seed(seed)
+    tokenizer = ppo_gsm8k.load_tokenizer(str(ROOT / "data/tiny/model"))
+    ppo_gsm8k.use_template(tokenizer, "alpaca")
     model = ppo_gsm8k.load_base(str(ROOT / "data/tiny/model"), torch.float32, False, False, "cpu")
+    if vocab > model.config.vocab_size:
+        old = model.config.vocab_size
+        with torch.no_grad():
+            hidden = model.model(**tokenizer("12*3 = <<12*3=36>>36", return_tensors="pt")).last_hidden_state[0].mean(0)
+            model.resize_token_embeddings(vocab, mean_resizing=False)
+            model.get_input_embeddings().weight[old:] = -20 * hidden / hidden.norm() ** 2
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     model = ppo_gsm8k.add_lora(model, ["all-linear"], r=16, lora_alpha=32)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=1e-3)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    tokenizer = ppo_gsm8k.load_tokenizer(str(ROOT / "data/tiny/model"))
-    ppo_gsm8k.use_template(tokenizer, "alpaca")
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(folder / "adapter")
     return model.merge_and_unload(), tokenizer
 
 
-def our_steps(folder, lora_weights, batch_size, response_length, steps):
+def write_problems_of_mixed_length(path, count, seed):
+    """Write `count` problems in verl's schema, each after 0 to 4 solved ones: prompts of about 45 to 380 tokens."""
+    rng = np.random.default_rng(seed)
+    rows = [json.loads(line) for line in (ROOT / "data/tiny/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for row in rows[:count]:
+        turns = []
+        for i in rng.integers(len(rows), size=rng.integers(5)):
+            turns += [{"role": "user", "content": rows[i]["question"]}]
+            turns += [{"role": "assistant", "content": rows[i]["answer"]}]
+        turns.append({"role": "user", "content": row["question"]})
+        truth = {"ground_truth": row["answer"].rpartition("#### ")[2]}
+        lines.append(json.dumps({"data_source": "openai/gsm8k", "prompt": turns, "reward_model": truth}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def our_steps(folder, start, batch_size, response_length, steps):
     """Return the seconds of each PPO step of ppo_gsm8k.py, and its mean response length."""
     with contextlib.redirect_stdout(io.StringIO()):
         made = ppo_gsm8k.train_ppo(
-            base_model=str(ROOT / "data/tiny/model"),
-            lora_weights=str(lora_weights),
+            base_model=str(start / "base"),
+            lora_weights=str(start / "adapter"),
+            train_files=str(ROOT / "data/tiny/train.jsonl"),
             output_dir=str(folder),
             overwrite=True,
             train_batch_size=batch_size,
@@ -131,7 +158,7 @@ def our_steps(folder, lora_weights, batch_size, response_length, steps):
     return [r["timing_s/step"] for r in records], statistics.mean(r["response_length/mean"] for r in records)
 
 
-def trl_steps(folder, model, tokenizer, batch_size, response_length, steps, seed):
+def trl_steps(folder, problems, model, tokenizer, batch_size, response_length, steps, seed):
     """Return the seconds of each PPO step of TRL's trainer, less those of its reward network."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -157,7 +184,6 @@ def trl_steps(folder, model, tokenizer, batch_size, response_length, steps, seed
             self.began, spent[0] = time.perf_counter(), 0.0
 
     reward.base_model.forward = timed
-    problems, _ = ppo_gsm8k.read_problems(str(ROOT / "data/tiny/train.jsonl"), "train", tokenizer, 512, True)
     rows = Dataset.from_dict({"input_ids": [problem["prompt"] for problem in problems]})
     tokenizer.padding_side = "left"
     config = PPOConfig(
@@ -202,7 +228,9 @@ def our_rollout(model, tokenizer, prompts, response_length):
     """Return (seconds, responses) of ppo_gsm8k's greedy rollout."""
     policies = ppo_gsm8k.Policies({"actor": model}, None, torch.float32, "cpu")
     to_logits = functools.partial(ppo_gsm8k.sampled_logits, temperature=1.0, vocab_size=model.config.vocab_size)
-    rollout = ppo_gsm8k.Rollout(policies, to_logits, [tokenizer.eos_token_id], 512, len(prompts), 16384)
+    rollout = ppo_gsm8k.Rollout(
+        policies, to_logits, [tokenizer.eos_token_id], max(map(len, prompts)) + response_length, len(prompts), 16384
+    )
     started = time.perf_counter()
     responses, _ = rollout.generate(prompts, response_length)
     seconds = time.perf_counter() - started
@@ -280,7 +308,8 @@ def compare_memory(folder, hidden, layers, seed):
 def compare_ppo(
     *,
     measure: str = "step",
-    batch_size: int = 64,
+    vocab: int = 151936,
+    batch_size: int = 0,
     response_length: int = 64,
     steps: int = 3,
     rounds: int = 3,
@@ -293,7 +322,8 @@ def compare_ppo(
 
     Args:
         measure: step, rollout or memory.
-        batch_size: prompts of a step, or of a rollout.
+        vocab: entries of the vocabulary in --measure step; 0 for the embedded model's own 1,024.
+        batch_size: prompts of a step or of a rollout; 0 for 16 and 64.
         response_length: longest response, in tokens.
         steps: PPO steps of a round; the first, which warms up, is not counted.
         rounds: both sides are measured in turn this many times.
@@ -304,6 +334,7 @@ def compare_ppo(
     """
     if measure not in ("step", "rollout", "memory", "memory_of_step"):
         raise ValueError(f"--measure {measure}: step, rollout or memory")
+    batch_size = batch_size or (16 if measure == "step" else 64)
     if min(batch_size, response_length, rounds, hidden, layers) < 1 or steps < 2 or batch_size % 4 or hidden % 64:
         raise ValueError("--steps must be at least 2, --batch_size a multiple of 4, --hidden of 64, the others above 0")
     ppo_gsm8k.quiet_libraries()
@@ -314,14 +345,18 @@ def compare_ppo(
         if measure == "memory":
             return compare_memory(temporary, hidden, layers, seed)
         torch.set_num_threads(1)
-        model, tokenizer = starting_model(temporary / "start", seed)
-        problems, _ = ppo_gsm8k.read_problems(str(ROOT / "data/tiny/train.jsonl"), "train", tokenizer, 512, True)
+        model, tokenizer = starting_model(temporary, vocab if measure == "step" else 0, seed)
+        made = ROOT / "data/tiny/train.jsonl"
+        if measure == "rollout":
+            made = temporary / "problems.jsonl"
+            write_problems_of_mixed_length(made, 1000, seed)
+        problems, _ = ppo_gsm8k.read_problems(str(made), "train", tokenizer, 512, True)
         ours, others = [], []
         for number in range(rounds):
             gc.collect()
             if measure == "step":
-                took, length = our_steps(temporary / "ours", temporary / "start", batch_size, response_length, steps)
-                theirs = trl_steps(temporary, model, tokenizer, batch_size, response_length, steps, seed)
+                took, length = our_steps(temporary / "ours", temporary, batch_size, response_length, steps)
+                theirs = trl_steps(temporary, problems, model, tokenizer, batch_size, response_length, steps, seed)
                 ours, others = [*ours, statistics.mean(took[1:])], [*others, statistics.mean(theirs[1:])]
                 what = f"mean response {length:.0f} tokens"
             else:
@@ -334,7 +369,8 @@ def compare_ppo(
                     raise RuntimeError("the greedy responses differ")
                 ours, others = [*ours, took], [*others, theirs]
                 lengths = sorted(map(len, mine))
-                what = f"{sum(lengths):,} tokens, {lengths[0]} to {lengths[-1]} a response, equal on both sides"
+                sizes = sorted(map(len, prompts))
+                what = f"prompts of {sizes[0]} to {sizes[-1]} tokens, responses of {lengths[0]} to {lengths[-1]}, equal"
             print(f"round {number + 1}: {what}; {ours[-1]:.2f} s beside {others[-1]:.2f} s", flush=True)
         ratio = statistics.median(b / a for a, b in zip(ours, others, strict=True))
         print(

@@ -558,7 +558,7 @@ def test_draws_have_the_probabilities_of_the_distribution(count):
     torch.testing.assert_close(logprobs, logits[0, tokens])
 
 
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-24, np.nextafter(1.0, 0), 0.999])
+@pytest.mark.parametrize("u", [0.0, 0.999, 1 - 2**-24, np.nextafter(1.0, 0), 1.0])
 def test_no_number_draws_a_token_of_probability_zero(u):
     for vocab in (7, 50_001):  # in a large vocabulary the sums are rounded
         logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0))
@@ -696,7 +696,7 @@ def test_rows_that_leave_the_batch_change_nothing(spoken, monkeypatch):
     uniforms = np.random.default_rng(6).random((len(PROMPTS), 20), np.float32)
     _, _, rollout = make_rollout(model, [*stops, *range(9)])
     compacted = rollout.generate(PROMPTS, 20, uniforms)
-    monkeypatch.setattr(ppo.Rollout, "bucket", lambda self, num: 10**6)  # too large to be worth it
+    monkeypatch.setattr(ppo.Rollout, "bucket", lambda self, num: len(PROMPTS))  # all of them to the end
     monkeypatch.setattr(ppo.KVCache, "keep", lambda self, index: pytest.fail("a row left"))
     whole = rollout.generate(PROMPTS, 20, uniforms)
     assert compacted[0] == whole[0]
@@ -763,12 +763,17 @@ def test_examples_of_a_packed_row_do_not_see_each_other(spoken):
     assert (changed - packed).abs().max() > 0.1  # and the prompt does matter
 
 
-def test_a_gpu_bucket_with_ended_rows_in_it_changes_nothing(spoken, monkeypatch):
-    """The batch sizes of CUDA graphs keep some rows that have ended: do the same here, without a graph."""
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_a_gpu_bucket_with_other_rows_in_it_changes_nothing(spoken, monkeypatch, count):
+    """The batch sizes of CUDA graphs hold rows that have ended, or never were: do the same here, without a graph."""
     model, stops, expected = spoken
+    uniforms = np.random.default_rng(6).random((len(PROMPTS), 20), np.float32)
     _, _, rollout = make_rollout(model, stops)
-    monkeypatch.setattr(ppo.Rollout, "bucket", lambda self, num: min(8, 2 ** (num - 1).bit_length()))
-    assert rollout.generate(PROMPTS, 20)[0] == expected
+    drawn = rollout.generate(PROMPTS, 20, uniforms)[0]
+    monkeypatch.setattr(ppo.Rollout, "bucket", lambda self, num: max(2, 2 ** (num - 1).bit_length()))
+    assert rollout.generate(PROMPTS[:count], 20)[0] == expected[:count]
+    tokens, logprobs = rollout.generate(PROMPTS[:count], 20, uniforms[:count])
+    assert tokens == drawn[:count] and [len(row) for row in logprobs] == [len(row) for row in tokens]
 
 
 # -----------------------------------------------------------------------------
