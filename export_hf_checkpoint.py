@@ -1221,7 +1221,7 @@ def export(
         output_dir: where everything of this run is written.
         overwrite: replace what an earlier run left in --output_dir.
         max_shard_size: largest weight file, such as 400MB or 5GB.
-        save_dtype: of the written weights: float32, bfloat16 or float16. Empty: what each tensor of the base has.
+        save_dtype: of the written weights: float32, bfloat16 or float16. Empty: the base's own.
         quantize: write the linear layers' weights as fp8 or int8 (compressed-tensors) or nf4 (bitsandbytes).
         gguf: write a GGUF file too, for Ollama and llama.cpp: f32, bf16 or q8_0. Llama and Qwen2 models.
         check: compare what was written with base + adapter.

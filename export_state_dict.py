@@ -440,7 +440,7 @@ def export_meta(
     lora_weights: str = "",
     output_dir: str = "out/state_dict",
     target: str = "llama",
-    output_dtype: str = "",
+    save_dtype: str = "",
     allow_pickle: bool = False,
     overwrite: bool = False,
 ):
@@ -453,15 +453,15 @@ def export_meta(
         lora_weights: folder of a LoRA adapter. Empty: the base model alone.
         output_dir: where everything of this run is written.
         target: what is to load it: llama (Meta's code, and what follows it) or executorch.
-        output_dtype: of the written weights: bfloat16, float16 or float32. Empty: the base model's own.
+        save_dtype: of the written weights: float32, bfloat16 or float16. Empty: the base's own.
         allow_pickle: read weights from PyTorch's pickle files, if there are no safetensors.
         overwrite: replace what an earlier run left in --output_dir.
     """
     # 1. check flags
     if target not in ("llama", "executorch"):
         raise ValueError(f"--target {target}: one of llama, executorch")
-    if output_dtype not in ("", "bfloat16", "float16", "float32"):
-        raise ValueError(f"--output_dtype {output_dtype}: one of bfloat16, float16, float32")
+    if save_dtype not in ("", "bfloat16", "float16", "float32"):
+        raise ValueError(f"--save_dtype {save_dtype}: one of bfloat16, float16, float32")
     if not base_model:
         base_model = "data/tiny/model"
         trained = Path("out/finetune/adapter")
@@ -476,7 +476,7 @@ def export_meta(
 
     # 2. base model, adapter merged
     model = load_source(base, allow_pickle)
-    dtype = getattr(torch, output_dtype) if output_dtype else model.dtype
+    dtype = getattr(torch, save_dtype) if save_dtype else model.dtype
     written_as = str(dtype).removeprefix("torch.")
     print(
         f"export_state_dict.py  {base_model} + {lora_weights or 'no adapter'} -> {output_dir}    {target}  {written_as}"
@@ -498,7 +498,7 @@ def export_meta(
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(
-            f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --output_dtype"
+            f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --save_dtype"
         )
     stored = to_meta(weights, config)
 

@@ -1635,9 +1635,11 @@ def plot_metrics(records, folder):
             axes.stackplot(steps, rows, labels=[name.removeprefix("timing_s/") for name in lines])
         else:
             for name, points in lines.items():
+                if points in [lines[other] for other in list(lines)[: list(lines).index(name)]]:
+                    continue  # --reward strict is drawn once
                 axes.plot(*zip(*points, strict=True), label=name, marker="o" if name.startswith("val-") else None)
         axes.set(title=title, xlabel="step")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if chart == "time" else {}))
         axes.grid(alpha=0.3)
         figure.savefig(folder / f"{chart}.png.incomplete", dpi=110, format="png")
         (folder / f"{chart}.png.incomplete").rename(folder / f"{chart}.png")
@@ -1662,6 +1664,12 @@ def spread(name, x):
     """Return {name/mean, name/max, name/min} of a tensor."""
     x = x.float()
     return {f"{name}/mean": x.mean().item(), f"{name}/max": x.max().item(), f"{name}/min": x.min().item()}
+
+
+def lr_share(kind, step, total_steps):
+    """Return the share of the first learning rate that step `step` (from 1) has: falling to 0, or constant."""
+    done = (step - 1) / total_steps
+    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[kind]
 
 
 def batch_metrics(batch, scores, token_rewards, rollout_logprobs, max_response_length):
@@ -1740,6 +1748,7 @@ def check_flags(flags):
         "kl_penalty_type": KL_TYPES,
         "kl_loss_type": KL_TYPES,
         "kl_ctrl": ("fixed", "adaptive"),
+        "lr_scheduler_type": ("linear", "cosine", "constant"),
         "loss_agg_mode": LOSS_AGG_MODES,
     }
     for name, known in choices.items():
@@ -1817,6 +1826,7 @@ def train_ppo(
     critic_warmup: int = 0,
     actor_lr: float = 0.0,
     critic_lr: float = 0.0,
+    lr_scheduler_type: str = "linear",
     weight_decay: float = 0.01,
     max_grad_norm: float = 1.0,
     # adapters
@@ -1886,8 +1896,9 @@ def train_ppo(
         kl_loss_coef: weight of the KL to the starting policy as a loss; 0 for none.
         kl_loss_type: estimate of that KL: k1, k2, k3 or low_var_kl, which is k3.
         critic_warmup: steps in which only the critic learns.
-        actor_lr: constant learning rate of the actor; 0 for one that fits the model's family and hidden size.
+        actor_lr: first learning rate of the actor; 0 for one that fits the model's family and hidden size.
         critic_lr: the same, of the critic.
+        lr_scheduler_type: linear or cosine, both down to 0 over the run, or constant.
         weight_decay: of AdamW, decoupled.
         max_grad_norm: the gradient's norm is clipped to this; 0 for no clipping.
         lora_r: rank of the adapter matrices; 0 trains all weights, with a model each for actor, critic and reference.
@@ -1968,6 +1979,8 @@ def train_ppo(
     data = json.dumps([[problem["prompt"], problem["ground_truth"]] for problem in train_set])
     settings |= {"data_sha256": hashlib.sha256(data.encode()).hexdigest()}
     settings["lora_target_modules"] = list(lora_target_modules)
+    if lr_scheduler_type != "constant":
+        settings["total_steps"] = total_steps  # the schedule's length
     weights = Path(lora_weights) / "adapter_model.safetensors"
     settings["lora_sha256"] = file_sha256(weights) if lora_weights and weights.exists() else ""
     settings["reward_sha256"] = file_sha256(find_path(reward.rpartition(":")[0])) if ":" in reward else ""
@@ -2105,7 +2118,8 @@ def train_ppo(
         metrics, rows = validate(rollout, val_set, reward_fn, reward, tokenizer, max_response_length, rank, world_size)
         if rank == 0:
             write_lines(out / "val_generations" / f"step-{step:05d}.jsonl", rows)
-        found = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("mean@1"))
+        shown = [name for name in metrics if name.endswith("mean@1") and f"/{reward}/" not in name]  # that is val-core
+        found = ", ".join(f"{name} {metrics[name]:.1%}" for name in shown)
         say(f"step {step:05d}/{total_steps:05d} | {found}")
         return metrics
 
@@ -2117,6 +2131,7 @@ def train_ppo(
             writer(record)
 
     # 6. train
+    rates = {"actor": actor_lr, "critic": critic_lr}
     save_seconds, stuck = {}, dict.fromkeys(optimizers, 0)
     try:
         if first == 1 and val_set and val_before_train:
@@ -2195,6 +2210,7 @@ def train_ppo(
             losses = {"critic": critic_loss} if use_critic else {}
             losses |= {"actor": actor_loss} if step > critic_warmup else {}
             for role, micro_loss in losses.items():
+                optimizers[role].param_groups[0]["lr"] = rates[role] * lr_share(lr_scheduler_type, step, total_steps)
                 with clock(f"update_{role}"):
                     policies.use(role)
                     found = update(

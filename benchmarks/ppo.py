@@ -257,6 +257,10 @@ def library_rollout(model, tokenizer, prompts, response_length):
 
 def memory_of_step(folder):
     """Print the peak memory of a PPO step on the model in `folder`, above what importing took, in bytes."""
+    import matplotlib.figure  # noqa: F401 (what a run imports on its way)
+    import peft  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
     torch.set_num_threads(1)
     before = ppo_gsm8k.peak_rss()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -269,6 +273,7 @@ def memory_of_step(folder):
             ppo_mini_batch_size=4,
             max_response_length=32,
             ppo_max_tokens=512,
+            activation_checkpointing=True,
             total_training_steps=1,
             save_freq=0,
         )

@@ -306,7 +306,7 @@ def make_tiny(
     context: int = 256,
     learning_rate: float = 3e-3,
     wrong_rate: float = 0.25,
-    hasty_rate: float = 0.75,
+    hasty_rate: float = 0.85,
     seed: int = 0,
 ):
     """Make the problems, the tokenizer and the pretrained base model of the embedded default.

@@ -31,13 +31,16 @@ GENERATED = (
     "tensorboard/*",
     "plots/*",
     "plots/",
+    "model/",
+    "val_generations/",
+    "my_reward.py",
     "my_rows.jsonl",
 )
 # files of a run folder, of a model folder and of a data folder, named without their folder
 GENERATED_NAMES = """
     run.json log.jsonl summary.json metrics.json config.json generation_config.json adapter_config.json params.json
     tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja model.safetensors.index.json
-    manifest.json loss.png learning_rate.png eval_loss.png eval_token_acc.png
+    manifest.json state.json reward.png kl.png length.png value.png time.png loss.png learning_rate.png eval_loss.png eval_token_acc.png
     train.json test.json train.jsonl test.jsonl train.parquet test.parquet
 """.split()
 GENERATED_EXTENSIONS = ("safetensors", "pth", "pt")

@@ -270,16 +270,16 @@ def test_an_adapter_of_any_kind_is_merged(tmp_path, bases, kind):
     assert summary["merged"] and max(summary["merged"].values()) < 1e-5
 
 
-@pytest.mark.parametrize("output_dtype", ["", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("save_dtype", ["", "bfloat16", "float16", "float32"])
 @torch.no_grad()
-def test_merging_rounds_once(tmp_path, bases, adapter, output_dtype):
+def test_merging_rounds_once(tmp_path, bases, adapter, save_dtype):
     """Merged in float32 by peft itself and cast, from a base in bfloat16: the same bits."""
     base = make_base(tmp_path / "base", "llama", torch.bfloat16)
-    export_meta(base_model=base, lora_weights=adapter, output_dtype=output_dtype)
+    export_meta(base_model=base, lora_weights=adapter, save_dtype=save_dtype)
     stored, params = read("out/state_dict")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    expected = merged.to(getattr(torch, output_dtype or "bfloat16")).state_dict()
+    expected = merged.to(getattr(torch, save_dtype or "bfloat16")).state_dict()
     rows = {"q_proj": params["n_heads"], "k_proj": params["n_kv_heads"]}
     for name, tensor in expected.items():
         heads = rows.get(name.split(".")[-2])
@@ -591,7 +591,7 @@ def test_a_pickle_is_read_without_running_it(tmp_path, bases):
     ("flags", "message"),
     [
         ({"target": "gguf"}, "--target gguf: one of llama, executorch"),
-        ({"output_dtype": "int8"}, "--output_dtype int8: one of"),
+        ({"save_dtype": "int8"}, "--save_dtype int8: one of"),
         ({"lora_weights": "nowhere"}, "--lora_weights nowhere: no adapter there"),
         ({"base_model": "nowhere"}, "--base_model nowhere: no such folder"),
         ({"output_dir": str(BASE)}, "is or holds .*which is read"),
@@ -610,7 +610,7 @@ def test_float16_that_overflows_is_refused(tmp_path):
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     tensors["model.norm.weight"][3] = 1e6
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    refused("1 tensors are not finite in float16, model.norm.weight", base_model=base, output_dtype="float16")
+    refused("1 tensors are not finite in float16, model.norm.weight", base_model=base, save_dtype="float16")
     export_meta(base_model=base)
 
 

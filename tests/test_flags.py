@@ -18,6 +18,7 @@ SCRIPTS = sorted(path for folder in (".", "data", "benchmarks") for path in (ROO
 TYPES = ("bool", "int", "float", "str", "list[str]")  # what run_cli reads
 SAME_NAME_OTHER_HELP = {  # {flag: why its help text must differ between the scripts of the root folder}
     "temperature": "generate.py takes 0 for greedy; a policy that is trained must sample",
+    "lr_scheduler_type": "ppo_gsm8k.py has no warmup, and three schedules of its own",
     "lora_r": "ppo_gsm8k.py takes 0 for training all weights",
 }
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from export_hf_checkpoint import export
 from generate import generate, use_template
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,16 +31,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=f"{miss
 
 @pytest.fixture
 def merged(tmp_path):
-    """A checkpoint of the embedded model with an adapter merged into it, and with the chat template in its folder."""
+    """An export of the embedded model with an adapter merged into it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     config = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).save_pretrained(tmp_path / "adapter")
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     use_template(tokenizer, "alpaca")
-    tokenizer.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    flags = {"base_model": str(BASE), "lora_weights": str(tmp_path / "adapter"), "save_dtype": "float32"}
+    export(**flags, output_dir=str(tmp_path / "merged"))
     return tmp_path
 
 

@@ -149,10 +149,7 @@ def test_two_ranks_are_one(plain, two):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(  # one rank has nothing to do
-            {"train_batch_size": 1, "ppo_mini_batch_size": 1, "rollout_batch_size": 1},
-            marks=pytest.mark.xfail(strict=True, reason="batch_decode of no response returns one text"),
-        ),
+        {"train_batch_size": 1, "ppo_mini_batch_size": 1, "rollout_batch_size": 1},  # one rank has nothing to do
         {"ppo_max_tokens": 1, "ppo_mini_batch_size": 3, "train_batch_size": 3},  # 2 micro-batches here, 1 there
         {"lora_r": 0, "actor_lr": 1e-5, "critic_lr": 1e-5, "adv_estimator": "grpo", "rollout_n": 2},
         {"loss_agg_mode": "seq-mean-token-mean", "adv_estimator": "reinforce_plus_plus", "ppo_epochs": 2},
@@ -179,12 +176,7 @@ def test_ranks_may_change_between_kill_and_resume(kit, plain, tmp_path, before, 
 @pytest.mark.parametrize(
     "moment", ["checkpoint-1.incomplete", "checkpoint-2", "checkpoint-3.incomplete", "adapter.incomplete"]
 )
-def test_kill_9_and_the_same_command_is_the_run_that_was_never_killed(
-    kit, plain, two, tmp_path, moment, ranks, request
-):
-    if moment == "checkpoint-1.incomplete":
-        reason = "the record of step 0 is kept and written once more where no checkpoint is there yet"
-        request.node.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+def test_kill_9_and_the_same_command_is_the_run_that_was_never_killed(kit, plain, two, tmp_path, moment, ranks):
     process = launch(kit, tmp_path, ranks=ranks)
     wait_for(tmp_path / moment, process)
     kill(process)
@@ -201,8 +193,7 @@ def test_kill_9_before_the_first_step(kit, plain, tmp_path):
     wait_for(tmp_path / "run.json", process)
     kill(process)
     finish(launch(kit, tmp_path))
-    assert [r["training/global_step"] for r in curve(tmp_path)][-4:] == [1, 2, 3, 4]
-    assert curve(tmp_path)[-4:] == curve(plain)[-4:]
+    assert curve(tmp_path) == curve(plain)
 
 
 def test_ctrl_c_says_how_to_go_on(kit, plain, tmp_path):
