@@ -497,9 +497,7 @@ def export_meta(
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(
-            f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --save_dtype"
-        )
+        raise ValueError(f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --save_dtype")
     stored = to_meta(weights, config)
 
     # 3. write beside the target
