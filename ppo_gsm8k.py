@@ -62,6 +62,7 @@ ROLES = {"actor": "default", "critic": "critic", "reference": "reference", "roll
 TINY = ("data/tiny/train.jsonl", "data/tiny/test.jsonl")
 KL_TYPES = ("k1", "k2", "k3", "low_var_kl")
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+DONE = ("adapter", "model")  # what a finished run has
 WRITTEN = ("run.json", "log.jsonl", "adapter", "model", "plots", "tensorboard", "val_generations")
 # flags that may differ where a run is continued: they change neither what is sampled nor what is learned from it
 NOT_OF_THE_RESULT = """
@@ -530,7 +531,7 @@ def to_problem(row):
     truth = reward["ground_truth"]
     return {
         "messages": messages,
-        "ground_truth": str(truth) if isinstance(truth, int) else truth,  # scores compare texts
+        "ground_truth": str(truth) if type(truth) is int else truth,  # scores compare texts
         "data_source": text_field(row, "data_source", required=False) or "unknown",
         "extra_info": row.get("extra_info") or {},
     }
@@ -1969,6 +1970,11 @@ def train_ppo(
     val_set, val_overlong = [], 0
     if val_files and test_freq:
         val_set, val_overlong = read_problems(val_files, "test", tokenizer, max_prompt_length, filter_overlong_prompts)
+    odd = [problem for problem in train_set + val_set if type(problem["ground_truth"]) is not str]
+    if odd and ":" not in reward:
+        raise ValueError(
+            f"{odd[0]['where']()}: --reward {reward} compares texts, and the ground truth is {odd[0]['ground_truth']!r}"
+        )
     longest = max(len(problem["prompt"]) for problem in train_set + val_set)
     context, vocab_size = getattr(config, "max_position_embeddings", None), max(tokenizer.get_vocab().values()) + 1
     if context and longest + max_response_length > context:
@@ -1984,21 +1990,23 @@ def train_ppo(
 
     # 3. what an earlier run left
     theirs = [p for p in out.glob("*") if p.name in WRITTEN or p.name.startswith("checkpoint-")]
-    if theirs and resume == "never" and not overwrite:
-        raise ValueError(
-            f"--output_dir {output_dir} holds another run: continue it with --resume auto, replace it with "
-            "--overwrite, or choose another folder"
-        )
     settings = {name: value for name, value in flags.items() if name not in NOT_OF_THE_RESULT}
     data = json.dumps([[problem["prompt"], problem["ground_truth"]] for problem in train_set])
     settings |= {"data_sha256": hashlib.sha256(data.encode()).hexdigest()}
     settings["lora_target_modules"] = list(lora_target_modules)
     if lr_scheduler_type != "constant":
         settings["total_steps"] = total_steps  # the schedule's length
-    weights = Path(lora_weights) / "adapter_model.safetensors"
-    settings["lora_sha256"] = file_sha256(weights) if lora_weights and weights.exists() else ""
+    for name, file in {"lora_sha256": "adapter_model.safetensors", "lora_config_sha256": "adapter_config.json"}.items():
+        path = Path(lora_weights) / file
+        settings[name] = file_sha256(path) if lora_weights and path.exists() else ""
     settings["reward_sha256"] = file_sha256(find_path(reward.rpartition(":")[0])) if ":" in reward else ""
     resumed = None if overwrite else choose_checkpoint(out, resume, settings)
+    # a finished run whose checkpoints are gone cannot be continued, and is not to be lost
+    if not overwrite and not resumed and (resume == "never" and theirs or any((out / n).exists() for n in DONE)):
+        raise ValueError(
+            f"--output_dir {output_dir} holds another run: continue it with --resume auto, replace it "
+            "with --overwrite, or choose another folder"
+        )
 
     # 4. processes, model, optimizers
     if on_gpu:

@@ -1664,6 +1664,24 @@ def test_a_folder_with_another_run_in_it(kit, finished, no_model, tmp_path):
         run(kit, finished, resume=str(finished / "checkpoint-1"), overwrite=True)
 
 
+def test_a_finished_run_without_checkpoints_is_not_lost(kit, finished, no_model):
+    for folder in finished.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    log = (finished / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds another run"):
+        run(kit, finished)
+    assert (finished / "log.jsonl").read_bytes() == log
+
+
+def test_a_ground_truth_that_is_no_text_is_refused(kit, no_model, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "1+1?"}], "data_source": "a", "reward_model": {"ground_truth": 2.0}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        ValueError, match="rows.jsonl, line 1: --reward strict compares texts, and the ground truth is 2.0"
+    ):
+        run(kit, tmp_path / "out", train_files=str(tmp_path / "rows.jsonl"), reward="strict")
+
+
 def test_overwrite_starts_over(kit, one_step, finished):
     (finished / "notes.txt").write_text("mine")
     got = run(kit, finished, overwrite=True, total_training_steps=1, gamma=0.5)
