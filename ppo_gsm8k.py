@@ -1584,11 +1584,12 @@ def choose_checkpoint(out, resume, settings):
 
 def load_checkpoint(path, policies, optimizers):
     """Load what save_checkpoint wrote into the policies and optimizers, and return its state."""
+    states = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     for role, optimizer in optimizers.items():
         tensors = load_file(path / f"{role}.safetensors")
         for name, p in policies.parameters(role).items():
             p.data.copy_(tensors[name])
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)[role])
+        optimizer.load_state_dict(states[role])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
@@ -1605,7 +1606,8 @@ def open_writers(out, first, flags, wandb_project, wandb_run_name):
 
     def write(record):
         for name, value in record.items():
-            board.add_scalar(name, value, record["training/global_step"])
+            if value is not None:
+                board.add_scalar(name, value, record["training/global_step"])
         board.flush()
         if run:
             run.log(record, step=record["training/global_step"])
@@ -1629,7 +1631,7 @@ def plot_metrics(records, folder):
         "time": ("seconds a step", phases),
     }
     for chart, (title, wanted) in charts.items():
-        lines = {name: [(r["training/global_step"], r[name]) for r in records if name in r] for name in wanted}
+        lines = {n: [(r["training/global_step"], r[n]) for r in records if r.get(n) is not None] for n in wanted}
         lines = {name: points for name, points in lines.items() if points}
         if not lines:
             continue
@@ -1924,7 +1926,7 @@ def train_ppo(
         ppo_max_tokens: tokens that one device processes at a time in forward and backward passes.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
         rollout_batch_size: sequences that one device decodes at a time.
-        cuda_graph: on a GPU, decode with captured CUDA graphs.
+        cuda_graph: on a GPU, decode with captured CUDA graphs; with --load_in_8bit that is not possible, and not done.
         total_epochs: passes over the training rows.
         total_training_steps: stop after so many steps; 0 for --total_epochs.
         val_before_train: validate before the first step, too.
@@ -2146,8 +2148,9 @@ def train_ppo(
         return metrics
 
     def log(record):
-        """Append a record to log.jsonl and to TensorBoard."""
+        """Append a record to log.jsonl and to TensorBoard; a number that is not finite is null there."""
         if rank == 0:
+            record = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with open(log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             writer(record)
@@ -2269,7 +2272,7 @@ def train_ppo(
                 with clock("save_checkpoint"):
                     state = {"global_step": step, "kl_coef": controller.value, "samples": step * per_step}
                     save_checkpoint(out, state, policies, optimizers, settings, tokenizer, max_ckpt_to_keep)
-                save_seconds = {name: clock.seconds[name] for name in ["timing_s/save_checkpoint"]}
+                save_seconds = {"timing_s/save_checkpoint": clock.seconds["timing_s/save_checkpoint"]}
     except KeyboardInterrupt:
         if rank == 0:
             write_json(out / "run.json", run | {"status": "interrupted"})
