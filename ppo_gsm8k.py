@@ -2270,7 +2270,7 @@ def train_ppo(
             )
             if rank == 0 and (step == total_steps or save_freq and step % save_freq == 0):
                 with clock("save_checkpoint"):
-                    state = {"global_step": step, "kl_coef": controller.value, "samples": step * per_step}
+                    state = {"global_step": step, "kl_coef": controller.value}
                     save_checkpoint(out, state, policies, optimizers, settings, tokenizer, max_ckpt_to_keep)
                 save_seconds = {"timing_s/save_checkpoint": clock.seconds["timing_s/save_checkpoint"]}
     except KeyboardInterrupt:
