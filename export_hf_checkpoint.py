@@ -21,10 +21,8 @@ Shapes in comments: B prompts, T tokens, V vocabulary.
 
 import copy
 import ctypes
-import difflib
 import errno
 import functools
-import inspect
 import json
 import math
 import os
@@ -32,6 +30,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,51 +73,35 @@ MAX_KL = {"": 1e-3, "fp8": 0.1, "int8": 0.1, "nf4": 0.5}
 
 
 def run_cli(fn):
-    """Call `fn` with the flags on the command line, once every flag has been checked.
+    """Call `fn` with the flags on the command line, once every flag has been checked against its type.
 
-    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and it guesses
-    types from the text, so `--bf16 false` arrives as the truthy string "false". A typo must not cost a training
-    run: fire is handed a stand-in that records the call, and the type hints say how to read each value. Flags are
-    `--name value`, booleans `--name` or `--noname`, lists `a,b` or `[a,b]`. An error that the script itself raises
-    (ValueError) is shown as its message alone; any other keeps its traceback.
+    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and reads
+    `--bf16 false` as a text that is true. So it is handed a stand-in that records the call. Flags are `--name value`,
+    booleans `--name` or `--noname`. An error that the script itself raises (ValueError) is shown as its
+    message alone; any other keeps its traceback.
     """
     hints, call = get_type_hints(fn), {}
 
     @functools.wraps(fn)
-    def record(*args, **kwargs):
-        call.update(inspect.signature(fn).bind(*args, **kwargs).arguments)
+    def record(**flags):
+        call.update(flags)
 
     if {"--help", "-h"} & set(sys.argv[1:]):
-        fire.Fire(record, command=["--help"])  # leaves here; later, help would show the setting below as a flag
+        fire.Fire(record, command=["--help"])  # leaves here
     fire.decorators.SetParseFn(str)(record)
-    for arg in sys.argv[1:]:
-        name = arg.partition("=")[0][2:].replace("-", "_")
-        if arg.startswith("--") and name not in hints and name.removeprefix("no") not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            raise SystemExit(f"unknown flag --{name}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
-    fire.Fire(record)  # leaves here on anything it cannot consume
+    fire.Fire(record, command=[arg for arg in sys.argv[1:] if arg != "--"])  # leaves here on an unknown flag
     for name, text in call.items():
         hint = hints[name]
-        if hint is bool:
-            if text not in ("True", "False"):
-                raise SystemExit(f"--{name} takes no value, got {text!r}: write --{name} or --no{name}")
-            call[name] = text == "True"
-        elif text in ("True", "False"):  # what fire records for a flag that nothing follows
-            raise SystemExit(f"--{name} needs a value: --{name} {getattr(hint, '__name__', hint).upper()}")
-        elif hint in (int, float):
-            try:
-                call[name] = hint(text)
-            except ValueError:
-                raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
-        elif hint == list[str]:
-            call[name] = [part.strip(" '\"") for part in text.strip("[]()").split(",") if part.strip(" '\"")]
+        if (hint is bool) != (text in ("True", "False")):  # what fire records for a flag that nothing follows
+            raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}: a switch is --{name} or --no{name} alone")
+        try:
+            call[name] = text == "True" if hint is bool else hint(text)
+        except ValueError:
+            raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
     try:
         return fn(**call)
     except ValueError as error:
-        frame = error.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != fn.__code__.co_filename:
             raise
         raise SystemExit(f"error: {error}") from None
 

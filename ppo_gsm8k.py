@@ -23,7 +23,6 @@ D hidden, V vocabulary, T cached tokens.
 import contextlib
 import copy
 import csv
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -37,6 +36,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import get_type_hints
@@ -78,51 +78,35 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B
 
 
 def run_cli(fn):
-    """Call `fn` with the flags on the command line, once every flag has been checked.
+    """Call `fn` with the flags on the command line, once every flag has been checked against its type.
 
-    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and it guesses
-    types from the text, so `--bf16 false` arrives as the truthy string "false". A typo must not cost a training
-    run: fire is handed a stand-in that records the call, and the type hints say how to read each value. Flags are
-    `--name value`, booleans `--name` or `--noname`, lists `a,b` or `[a,b]`. An error that the script itself raises
-    (ValueError) is shown as its message alone; any other keeps its traceback.
+    By itself fire calls the function first and reports unknown flags afterwards (python-fire#168), and reads
+    `--bf16 false` as a text that is true. So it is handed a stand-in that records the call. Flags are `--name value`,
+    booleans `--name` or `--noname`. An error that the script itself raises (ValueError) is shown as its
+    message alone; any other keeps its traceback.
     """
     hints, call = get_type_hints(fn), {}
 
     @functools.wraps(fn)
-    def record(*args, **kwargs):
-        call.update(inspect.signature(fn).bind(*args, **kwargs).arguments)
+    def record(**flags):
+        call.update(flags)
 
     if {"--help", "-h"} & set(sys.argv[1:]):
-        fire.Fire(record, command=["--help"])  # leaves here; later, help would show the setting below as a flag
+        fire.Fire(record, command=["--help"])  # leaves here
     fire.decorators.SetParseFn(str)(record)
-    for arg in sys.argv[1:]:
-        name = arg.partition("=")[0][2:].replace("-", "_")
-        if arg.startswith("--") and name not in hints and name.removeprefix("no") not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            raise SystemExit(f"unknown flag --{name}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
-    fire.Fire(record)  # leaves here on anything it cannot consume
+    fire.Fire(record, command=[arg for arg in sys.argv[1:] if arg != "--"])  # leaves here on an unknown flag
     for name, text in call.items():
         hint = hints[name]
-        if hint is bool:
-            if text not in ("True", "False"):
-                raise SystemExit(f"--{name} takes no value, got {text!r}: write --{name} or --no{name}")
-            call[name] = text == "True"
-        elif text in ("True", "False"):  # what fire records for a flag that nothing follows
-            raise SystemExit(f"--{name} needs a value: --{name} {getattr(hint, '__name__', hint).upper()}")
-        elif hint in (int, float):
-            try:
-                call[name] = hint(text)
-            except ValueError:
-                raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
-        elif hint == list[str]:
-            call[name] = [part.strip(" '\"") for part in text.strip("[]()").split(",") if part.strip(" '\"")]
+        if (hint is bool) != (text in ("True", "False")):  # what fire records for a flag that nothing follows
+            raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}: a switch is --{name} or --no{name} alone")
+        try:
+            call[name] = text == "True" if hint is bool else hint(text)
+        except ValueError:
+            raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}") from None
     try:
         return fn(**call)
     except ValueError as error:
-        frame = error.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        if frame.tb_frame.f_code.co_filename != fn.__code__.co_filename:
+        if traceback.extract_tb(error.__traceback__)[-1].filename != fn.__code__.co_filename:
             raise
         raise SystemExit(f"error: {error}") from None
 
@@ -270,20 +254,17 @@ def text_field(row, name, required=True):
 def use_template(tokenizer, name):
     """Give the tokenizer the chat template `name`: "" its own, or alpaca if it has none; a name; a .jinja file.
 
-    Returns what was taken, in words, and what the template puts between an instruction and its input.
+    Returns the name of what was taken, and what the template puts between an instruction and its input.
     """
-    folder, own = HERE / "templates", bool(tokenizer.chat_template)
-    if name or not tokenizer.chat_template:
-        path = Path(name) if name.endswith(".jinja") else folder / f"{name or 'alpaca'}.jinja"
+    name = name or ("" if tokenizer.chat_template else "alpaca")
+    if name:
+        path = Path(name) if name.endswith(".jinja") else HERE / "templates" / f"{name}.jinja"
         if not path.exists():
-            known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
-            raise ValueError(f"--prompt_template {name}: no such template; there are: {known}, or give a .jinja file")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    elif not isinstance(tokenizer.chat_template, str):
-        raise ValueError("the tokenizer has several chat templates: choose one of templates/ with --prompt_template")
-    found = re.search(r'set input_separator = ("(?:[^"\\]|\\.)*")', tokenizer.chat_template)
-    taken = name or ("the tokenizer's own" if own else "alpaca")
-    return taken, json.loads(found[1]) if found else "\n"
+            known = ", ".join(sorted(template.stem for template in (HERE / "templates").glob("*.jinja")))
+            raise ValueError(f"--prompt_template {name}: no such template; there are {known}, or give a .jinja file")
+        tokenizer.chat_template = path.read_text("utf-8")
+    found = re.search(r'set input_separator = ("(?:[^"\\]|\\.)*")', tokenizer.get_chat_template())
+    return name or "the model's own", json.loads(found[1]) if found else "\n"
 
 
 def end_of_turn(tokenizer):
@@ -1847,7 +1828,7 @@ def train_ppo(
     # adapters
     lora_r: int = 16,
     lora_alpha: int = 32,
-    lora_target_modules: list[str] = ("all-linear",),
+    lora_target_modules: str = "all-linear",
     use_rslora: bool = False,
     # memory and speed
     dtype: str = "auto",
@@ -1918,7 +1899,7 @@ def train_ppo(
         max_grad_norm: the gradient's norm is clipped to this; 0 for no clipping.
         lora_r: rank of the adapter matrices; 0 trains all weights, with a model each for actor, critic and reference.
         lora_alpha: the adapter is scaled by lora_alpha / lora_r, or lora_alpha / sqrt(lora_r) with --use_rslora.
-        lora_target_modules: names of the layers that get an adapter; all-linear for all but the output layer.
+        lora_target_modules: layers that get an adapter, as q_proj,v_proj; all-linear for all but the output layer.
         use_rslora: rank-stabilized scaling (arXiv:2312.03732).
         dtype: of the base weights: auto (bfloat16 on a GPU that has it, else float32), bfloat16, float16 or float32.
         load_in_8bit: quantize the base to int8 with bitsandbytes.
@@ -1995,7 +1976,7 @@ def train_ppo(
     settings = {name: value for name, value in flags.items() if name not in NOT_OF_THE_RESULT}
     data = json.dumps([[problem["prompt"], problem["ground_truth"]] for problem in train_set])
     settings |= {"data_sha256": hashlib.sha256(data.encode()).hexdigest()}
-    settings["lora_target_modules"] = list(lora_target_modules)
+    settings["lora_target_modules"] = re.findall(r"[\w.-]+", lora_target_modules)
     if lr_scheduler_type != "constant":
         settings["total_steps"] = total_steps  # the schedule's length
     for name, file in {"lora_sha256": "adapter_model.safetensors", "lora_config_sha256": "adapter_config.json"}.items():
@@ -2028,7 +2009,7 @@ def train_ppo(
         roles,
         lora_weights,
         lora,
-        list(lora_target_modules),
+        re.findall(r"[\w.-]+", lora_target_modules),
         (load_in_8bit, load_in_4bit),
         activation_checkpointing,
     )
