@@ -37,12 +37,10 @@ FORMS = {  # {form: its columns, as dataset_info.json calls them}; a row has the
     "question": {"prompt": "question", "response": "answer"},
     "verl": {"extra": "extra_info", "messages": "prompt"},
 }
-READABLE = set(
-    """
+READABLE = """
     file_name hf_hub_url ms_hub_url om_hub_url subset split num_samples ranking formatting columns tags
     prompt query response history messages system tools
-""".split()
-)  # all that an entry of dataset_info.json may give
+""".split()  # all that an entry of dataset_info.json may give
 SPEAKERS = {  # {role: what data calls it, and which tag of dataset_info.json does}
     "system": "system system_tag",
     "user": "user human user_tag",
@@ -107,13 +105,13 @@ def parse_file(path):
             return pq.read_table(path).to_pylist()
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".csv":
-            csv.field_size_limit(10**9)  # the default is 131,072 characters
+            csv.field_size_limit(1_000_000_000)  # the default is 131,072 characters
             return list(csv.DictReader(io.StringIO(text, newline="")))
         if path.suffix == ".jsonl":  # splitlines() would also cut at U+2028 inside a text
             return [parse_line(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
         return json.loads(text)
     except (OSError, ValueError) as error:  # pyarrow's and json's are among them
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
 
 
 def data_files(source, split):
@@ -143,11 +141,15 @@ def find_entry(name, dataset_dir):
     if not columns:
         raise ValueError(f"--dataset {name}: {path} has formatting {entry['formatting']!r}, none of {', '.join(FORMS)}")
     entry.setdefault("columns", columns)
-    refused = {*entry, *entry["columns"]} - READABLE
+    refused = {*entry, *entry["columns"]}.difference(READABLE)
     if refused or entry.get("ranking"):
-        raise ValueError(f"--dataset {name}: {path} gives {', '.join(refused) or 'ranking'}, which this cannot read")
+        raise ValueError(
+            f"--dataset {name}: {path} gives {' and '.join(sorted(refused)) or 'ranking'}, which cannot be read"
+        )
     if "hf_hub_url" not in entry:
-        entry["file_name"] = path.parent / field(entry, "file_name")
+        if "file_name" not in entry:
+            raise ValueError(f"--dataset {name}: {path} gives {', '.join(entry)}; it must give hf_hub_url or file_name")
+        entry["file_name"] = path.parent / entry["file_name"]
     return entry
 
 
@@ -199,13 +201,13 @@ def columns_of(row):
     for columns in FORMS.values():
         if next(iter(columns.values())) in row:
             return columns | {"system": "system", "tools": "tools", "history": "history"}
-    raise ValueError(f"the fields {', '.join(row)} are none of the forms of data/README.md")
+    raise ValueError(f"fields {', '.join(row)}: no form of data/README.md; dataset_info.json can name other columns")
 
 
 def to_turns(row, entry, separator):
     """Return the conversation in a row, [(role, content), ...], read by the entry's columns and tags if it has any."""
     if not isinstance(row, dict) or None in row:  # None is where csv puts cells beyond the header's
-        raise ValueError(f"the row is no object with named fields, but {row!r:.200}")
+        raise ValueError(f"no object with named fields, or more cells than the header has names for: {row!r:.200}")
     turns, tags, columns = [], entry.get("tags", {}), entry.get("columns") or columns_of(row)
     column = columns.get
     if "messages" in columns:
@@ -234,7 +236,9 @@ def to_turns(row, entry, separator):
         system = turns.pop(0)[1]
     if not turns or turns[0][0] == "assistant" or turns[-1][0] != "assistant":
         raise ValueError("a conversation begins with the user's message and ends in an answer of the assistant's")
-    tools = field(row, column("tools"), default="")
+    tools = row.get(column("tools")) or ""
+    if not isinstance(tools, str):
+        tools = json.dumps(tools, ensure_ascii=False)
     if tools.strip(" []"):
         system = f"{system or ''}\n\nYou have access to the following tools:\n{tools}".lstrip()
     return turns if system is None else [("system", system), *turns]
@@ -278,7 +282,7 @@ def prepare(
         raise ValueError(f"--max_samples {max_samples} must not be negative; 0 takes all rows")
     target = Path(output_path or f"out/data/{'_'.join(names) or Path(data_path).stem}.jsonl")
     if target.suffix != ".jsonl":
-        raise ValueError(f"--output_path {output_path}: it must end in .jsonl, the kind of file that is written")
+        raise ValueError(f"--output_path {target} must end in .jsonl, the kind of file that is written")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already: --overwrite replaces it, --output_path gives another place")
     # a hub id is owner/name, and a mistyped path is none
