@@ -56,7 +56,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 HERE = Path(__file__).resolve().parent
-ROLES = {
+ROLE_NAMES = {
     "system": "system",
     "user": "user",
     "assistant": "assistant",
@@ -171,7 +171,7 @@ def to_messages(row, separator="\n"):
         messages = []
         for turn in turns:
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-            messages.append({"role": ROLES[role], "content": content + ""})  # an error unless it is text
+            messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
         raise ValueError(
             "not alpaca (instruction, input, output), messages, conversations or question and answer, all of them "
@@ -242,7 +242,7 @@ def encode(messages, tokenizer, end, train_on_inputs=False, add_eos_token=True):
             raise ValueError(
                 "the chat template does not go on from the prompt that it asks with, or the answer merges with it into "
                 f"other tokens: it asks with {tokenizer.decode(asked[-9:])!r} and tells {text[-200:]!r}. Take the "
-                "white space off the answer, as python data/prepare.py does, or take another --prompt_template"
+                "white space off the answer, as data/prepare.py does, or take another --prompt_template"
             )
         labels = list(ids) if train_on_inputs else [IGNORE] * len(ids)
         labels[first:last] = ids[first:last]
@@ -541,12 +541,12 @@ def plot(records, folder):
             figure.savefig(folder / f"{name}.png")
 
 
-def write_lines(path, records):
+def write_jsonl(path, records):
     """Write records as JSON lines."""
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def check_flags(flags, world_size):
+def check_numbers(flags, world_size):
     """Refuse flags that are out of their range, or contradict each other."""
     above_zero = "batch_size micro_batch_size num_epochs cutoff_len lora_r lora_alpha save_steps".split()
     for name, value in flags.items():
@@ -650,7 +650,7 @@ def train(
 
     # 1. check flags
     out, world_size, on_gpu = Path(output_dir), int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    check_flags(flags, world_size)
+    check_numbers(flags, world_size)
     earlier = [*out.glob("run.json"), *out.glob("checkpoint-*")]
     if earlier and bool(overwrite) == bool(resume_from_checkpoint):
         raise ValueError(f"--output_dir {out} holds a run: one of --overwrite and --resume_from_checkpoint auto")
@@ -691,9 +691,7 @@ def train(
             arrays = np.array([ids, labels], np.int32)[:, :cutoff_len]
             (eval_set if i in held_out else train_set).append({"input_ids": arrays[0], "labels": arrays[1]})
     if not train_set or held_out and not eval_set:
-        raise ValueError(
-            f"--val_set_size {val_set_size:g} or --cutoff_len {cutoff_len} leaves no label to learn or to check"
-        )
+        raise ValueError(f"--val_set_size {val_set_size:g} or --cutoff_len {cutoff_len} leaves no label to learn")
     lengths = np.array([len(example["input_ids"]) for example in train_set])
 
     # 3. what is used, and whether the run that is resumed had the same
@@ -736,6 +734,7 @@ def train(
             seed=seed,
             bf16=dtype == "bfloat16" and on_gpu,
             fp16=dtype == "float16" and on_gpu,
+            use_cpu=not torch.accelerator.is_available(),
             ddp_find_unused_parameters=False,
             deepspeed=str(local_path(deepspeed)) if deepspeed else None,
             activation_checkpointing=activation_checkpointing,
@@ -795,7 +794,7 @@ def train(
         model.to(args.device)
     sums = pack_model(model.get_base_model(), check=not zero3) if micro_batch_size > 1 else sums_of_logits
 
-    # 6. trainer
+    # 6. trainer, files, and what will happen
     def mean_nll(outputs, labels, num_items_in_batch):
         return sums(outputs.logits[0], labels[0])[0] / num_items_in_batch
 
@@ -814,7 +813,6 @@ def train(
     trainer.add_callback(Report)
     transformers.set_seed(seed + 100003 * args.process_index)  # dropout and noise are each rank's own
     main = args.process_index == 0
-    say = print if main else lambda text: None
     counts |= {"rows": len(rows), "train": len(train_set), "validation": len(eval_set)}
     run = {"status": "running", "flags": flags, "argv": sys.argv, "counts": counts}
     run["git"] = subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty")
@@ -823,26 +821,31 @@ def train(
         if overwrite:
             for path in [*out.glob("checkpoint-*"), *out.glob("runs")]:
                 shutil.rmtree(path)
-        write_lines(out / "validation.jsonl", [{"messages": conversations[i]} for i in sorted(held_out)])
-        write_lines(out / "log.jsonl", state.get("log_history", []))
+        write_jsonl(out / "validation.jsonl", [{"messages": conversations[i]} for i in sorted(held_out)])
+        write_jsonl(out / "log.jsonl", state.get("log_history", []))
         write_json(out / "run.json", run)
         writer = SummaryWriter(str(out / "runs"), purge_step=state.get("global_step", 0) + 1)
         trainer.add_callback(transformers.integrations.TensorBoardCallback(writer))
-
-    # 7. say what will happen, and train
-    say(f"finetune.py  {base_model} -> {out}    torch {torch.__version__}  {world_size} x {args.device}  {dtype}")
-    say(f"  data        {data_path}: {len(train_set):,} examples, {lengths.sum():,} tokens; template {template}")
-    say(f"  validation  {len(eval_set):,} examples, {out}/validation.jsonl")
-    say(f"  dropped     {counts['cut']:,} examples cut at --cutoff_len {cutoff_len}, {counts['left_out']:,} left out")
-    say(f"  batch       {batch_size} = {world_size} ranks x {micro_batch_size} x {args.gradient_accumulation_steps}")
-    say(f"  learns      {tokenizer.decode([label for label in train_set[0]['labels'] if label != IGNORE])!r:.300}")
-    say(f"  starts      at learning rate {learning_rate:.2e} from {checkpoint or 'the first step'}")
-    if main:
+        print(f"finetune.py  {base_model} -> {out}    torch {torch.__version__}  {world_size} x {args.device}  {dtype}")
+        print(f"  data        {data_path}: {len(train_set):,} examples, {lengths.sum():,} tokens; template {template}")
+        print(f"  validation  {len(eval_set):,} examples, {out}/validation.jsonl")
+        print(
+            f"  dropped     {counts['cut']:,} examples cut at --cutoff_len {cutoff_len}, {counts['left_out']:,} left out"
+        )
+        print(
+            f"  batch       {batch_size} = {world_size} ranks x {micro_batch_size} x {args.gradient_accumulation_steps}"
+        )
+        print(
+            f"  learns      {tokenizer.decode([label for label in train_set[0]['labels'] if label != IGNORE])!r:.300}"
+        )
+        print(f"  starts      at learning rate {learning_rate:.2e} from {checkpoint or 'the first step'}")
         model.print_trainable_parameters()
+
+    # 7. train
     try:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     except KeyboardInterrupt:
-        say(f"\ninterrupted after step {trainer.state.global_step}: --resume_from_checkpoint auto goes on")
+        print(f"\ninterrupted after step {trainer.state.global_step}: --resume_from_checkpoint auto goes on")
         raise SystemExit(130) from None
 
     # 8. the best adapter, plots and the summary
@@ -862,9 +865,9 @@ def train(
         metrics |= state.log_history[-2]
         run |= {"status": "finished", "best_checkpoint": best.name, "metrics": metrics}
         write_json(out / "run.json", run)
-        say(json.dumps(metrics, indent=2))
-        say(f"wrote {out}: adapter/ (from {best.name}), plots/, log.jsonl, run.json, validation.jsonl")
-        say(f"Next: python generate.py --lora_weights {out}/adapter --prompt '...'")
+        print(json.dumps(metrics, indent=2))
+        print(f"wrote {out}: adapter/ (from {best.name}), plots/, log.jsonl, run.json, validation.jsonl")
+        print(f"Next: python generate.py --lora_weights {out}/adapter --prompt '...'")
     return metrics
 
 

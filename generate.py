@@ -27,6 +27,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import statistics
 import sys
 import threading
@@ -50,7 +51,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
-ROLES = {
+ROLE_NAMES = {
     "system": "system",
     "user": "user",
     "assistant": "assistant",
@@ -165,7 +166,7 @@ def to_messages(row, separator="\n"):
         messages = []
         for turn in turns:
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-            messages.append({"role": ROLES[role], "content": content + ""})  # an error unless it is text
+            messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
         raise ValueError(
             "not alpaca (instruction, input, output), messages, conversations or question and answer, all of them "
@@ -237,11 +238,8 @@ def rouge(answer, reference):
 def load_function(score):
     """Return the function that --score path.py:function names."""
     path, _, name = score.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return getattr(module, name)
+        return runpy.run_path(path)[name]
     except Exception as error:  # whatever the user's file does
         raise ValueError(f"--score {score} cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -655,8 +653,8 @@ def generate(
         raise ValueError("--prompt or --chat, --data_path, --ui: one at a time")
     if (score or overwrite or max_samples) and not data_path or input and not prompt:
         raise ValueError("--score, --overwrite and --max_samples go with --data_path, --input with --prompt")
-    if micro_batch_size < 1 or max_samples < 0:
-        raise ValueError("--micro_batch_size must be at least 1, --max_samples not negative")
+    if micro_batch_size < 1:
+        raise ValueError(f"--micro_batch_size {micro_batch_size} must be at least 1")
     scorer = load_function(score) if ".py:" in score else score
     if score and scorer == score and score not in BUILT_IN:
         raise ValueError(f"--score {score}: one of {', '.join(BUILT_IN)}, or path.py:function")

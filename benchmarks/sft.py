@@ -1,21 +1,25 @@
 """
-Fine-tuning speed and memory: finetune.py beside the plain padded Trainer recipe, both in one run.
+Fine-tuning speed and memory on a CPU: finetune.py beside a padded Trainer, and beside TRL's SFTTrainer.
 
-    reads    data/tiny (words and tokenizer); models and rows are made in a temporary folder
-    writes   nothing: the figures and their ratios go to the terminal
+    reads    data/tiny (words and tokenizer), or --data_path and --tokenizer; models are made in a temporary folder
+    writes   nothing but .venv/trl (--measure trl): figures go to the terminal, and last the median of their ratios
 
     speed    python benchmarks/sft.py --measure speed
+             python benchmarks/sft.py --measure speed --vocab 151936 --hidden 128 --layers 2 --steps 3
     memory   python benchmarks/sft.py --measure memory
+    TRL      python benchmarks/sft.py --measure trl
 
-Both sides train the same adapter on the same examples in the same steps; the losses are compared step by step. The
-padded recipe is alpaca-lora's (DataCollatorForSeq2Seq, the model's own loss) on today's API.
+Each side runs in a process of its own, on one thread, and trains the same adapter on the same tokens and labels at
+the same constant learning rate; only packed rows of TRL put other examples into a step. Counted are tokens that are
+no padding, and the CPU seconds of all steps but the first, from which other work on the machine takes nothing away.
+The padded recipe is alpaca-lora's (DataCollatorForSeq2Seq, the model's own loss) on today's API.
 """
 
-import contextlib
 import functools
 import gc
-import io
 import json
+import math
+import os
 import random
 import re
 import statistics
@@ -29,23 +33,22 @@ from typing import get_type_hints
 
 import fire
 import numpy as np
+import peft
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import finetune  # noqa: E402 (the script under test, one folder up)
+
+OURS = "finetune.py"
+TRL_MODES = ["TRL padded", "TRL padding_free", "TRL packing"]
+MEASURES = {  # what is not given: hidden size, layers, vocabulary, examples of a step and of a micro-batch, steps
+    "speed": (256, 4, 32000, 32, 8, 5),
+    "memory": (128, 2, 151936, 32, 8, 2),
+    "trl": (576, 30, 49152, 8, 4, 5),  # SmolLM2-135M's shape
+}
 
 # -----------------------------------------------------------------------------
 # shared with the other scripts, word for word: tests/test_copies.py compares them
@@ -85,244 +88,307 @@ def run_cli(fn):
         raise SystemExit(f"error: {error}") from None
 
 
-def write_rows(path, count, seed):
-    """Write `count` alpaca rows whose lengths are spread as alpaca's are: most are short, a few ten times as long.
-
-    The words are those of the embedded problems, so that the tiny tokenizer does not fall back to bytes. Prompts
-    have a geometric number of sentences, answers a log-normal one (sigma 1.1), cut at 40.
-    """
-    rng = random.Random(seed)
-    with open(ROOT / "data" / "tiny" / "train.jsonl", encoding="utf-8") as file:
-        problems = [json.loads(line) for line in file]
-    questions = [sentence for p in problems for sentence in re.split(r"(?<=[.?]) ", p["question"])]
-    answers = [line for p in problems for line in p["answer"].split("\n") if not line.startswith("#")]
-    with open(path, "w", encoding="utf-8") as file:
-        for _ in range(count):
-            long = min(40, max(1, round(rng.lognormvariate(0.9, 1.1))))
-            row = {
-                "instruction": " ".join(rng.choices(questions, k=min(12, 1 + int(rng.expovariate(0.5))))),
-                "input": " ".join(rng.choices(questions, k=2)) if rng.random() < 0.4 else "",
-                "output": "\n".join(rng.choices(answers, k=long)),
-            }
-            file.write(json.dumps(row) + "\n")
+# -----------------------------------------------------------------------------
+# what is trained
 
 
 def write_model(folder, hidden, layers, vocab, seed):
-    """Write a randomly initialized Llama with a vocabulary of `vocab` entries and the tiny tokenizer."""
+    """Write a randomly initialized Llama."""
     torch.manual_seed(seed)
+    heads = hidden // 64
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        intermediate_size=128 * math.ceil(hidden / 48),  # 8/3, rounded up
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 128),
+        num_attention_heads=heads,
+        num_key_value_heads=math.isqrt(heads),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "data" / "tiny" / "model").save_pretrained(folder)
 
 
-class Clock(TrainerCallback):
-    """Collects each optimizer step's loss and seconds, as finetune.py's log does."""
+def made_rows(like, count, seed):
+    """Return `count` rows out of the embedded problems, in whose words the tiny tokenizer has few tokens.
+
+    Their lengths are spread as alpaca's (most are short, a few ten times as long: a geometric number of sentences,
+    a log-normal one of lines), or as GSM8K's with Llama 2's tokenizer: 66 tokens of question and 129 of answer in
+    the mean, log-normal with sigma 0.35 and 0.43.
+    """
+    rng = random.Random(seed)
+    sentences, lines, rows = [], [], []
+    for problem in finetune.load_rows(ROOT / "data" / "tiny" / "train.jsonl"):
+        sentences += re.split(r"(?<=[.?]) ", problem["question"])
+        lines += problem["answer"].split("\n")[:-1]
+    for _ in range(count):
+        row = {}
+        if like == "gsm8k":
+            asked, told = round(rng.lognormvariate(1.97, 0.35)), round(rng.lognormvariate(2.28, 0.43))
+        else:
+            asked, told = min(12, 1 + int(rng.expovariate(0.5))), round(rng.lognormvariate(0.9, 1.1))
+            row["input"] = " ".join(rng.choices(sentences, k=2)) if rng.random() < 0.4 else ""
+        row["instruction"] = " ".join(rng.choices(sentences, k=asked))
+        row["output"] = "\n".join(rng.choices(lines, k=min(40, max(1, told))))
+        rows.append(row)
+    return rows
+
+
+def examples_in_order(folder, tokenizer, seed):
+    """Return the examples of folder/rows.jsonl as finetune.py tokenizes them, in the order in which it takes them."""
+    _, separator = finetune.use_template(tokenizer, "")
+    end, examples = finetune.end_of_answers(tokenizer), []
+    for row in finetune.load_rows(folder / "rows.jsonl"):
+        [(ids, labels)] = finetune.encode(finetune.to_messages(row, separator), tokenizer, end)
+        examples.append({"input_ids": ids[:1024], "labels": labels[:1024]})
+    order = np.random.default_rng([seed, 0]).permutation(len(examples))
+    return [examples[i] for i in order]
+
+
+# -----------------------------------------------------------------------------
+# the sides
+
+
+class Meter(transformers.TrainerCallback):
+    """Takes down the loss of each step, and the CPU seconds, tokens and memory of a training run."""
 
     def __init__(self):
-        self.losses, self.seconds = [], []
+        self.losses, self.seconds, self.tokens, self.peak = [], [], [], 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.time()
+    def resident(self, name):
+        """Return a figure of this process (Linux), in MiB."""
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) / 1024
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        for weight in model.parameters():
+            weight.sum()  # reads what is still on the disk: all of the loaded model is in memory
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        self.before = self.resident("VmRSS")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.process_time())
+        self.tokens.append(state.num_input_tokens_seen)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self.losses.append(logs["loss"])
-            self.seconds.append(time.time() - self.began)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.peak = self.resident("VmHWM") - self.before
+
+    def result(self):
+        speed = (self.tokens[-1] - self.tokens[0]) / (self.seconds[-1] - self.seconds[0])
+        return {"speed": speed, "peak": self.peak, "losses": self.losses, "tokens": self.tokens[-1]}
 
 
-def padded_recipe(model_dir, data_path, batch_size, micro_batch_size, steps, seed):
-    """Train as alpaca-lora's finetune.py does, on today's API: padded micro-batches, the model's own loss.
-
-    The same examples in the same steps as finetune.py takes them, the same adapter and schedule. Returns (losses,
-    seconds, tokens), a value a step; padding does not count as tokens.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    _, separator = finetune.use_template(tokenizer, "alpaca")
-    rows = finetune.read_conversations([(str(data_path), "train", None, None, None)], separator, 0, seed)
-    examples, _ = finetune.encode(rows, tokenizer, cutoff_len=1024)
-    lengths = np.array([len(ids) for ids, _ in examples])
-    order = finetune.MicroBatches(lengths, batch_size, micro_batch_size, 0, 1, seed, False, False).steps(0)[:steps]
-    data = []
-    for i in np.concatenate(order):
-        ids, learned = examples[i]
-        labels = np.where(learned, ids, finetune.IGNORE)
-        data.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()})
-    on_gpu = torch.cuda.is_available()
-    dtype = finetune.pick_dtype("auto")
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    model.config.use_cache = False
-    set_seed(seed)
-    model = finetune.add_lora(model, ["all-linear"], r=16, lora_alpha=32, lora_dropout=0.0)
-    clock = Clock()
-    trainer = SequentialTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(Path(model_dir) / "padded"),
-            per_device_train_batch_size=micro_batch_size,
-            gradient_accumulation_steps=batch_size // micro_batch_size,
-            max_steps=steps,
-            learning_rate=3e-4,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.03,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=not on_gpu,
-            bf16=dtype == torch.bfloat16,
-        ),
-        train_dataset=data,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, return_tensors="pt", padding=True),
-        callbacks=[clock],
+def our_side(folder, meter, batch_size, micro_batch_size, steps, seed):
+    """Train with finetune.py."""
+    finetune.LoraTrainer = functools.partial(finetune.LoraTrainer, callbacks=[meter])
+    finetune.train(
+        base_model=str(folder),
+        data_path=str(folder / "rows.jsonl"),
+        output_dir=str(folder / "finetune"),
+        val_set_size=0,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_steps=steps,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        warmup_ratio=0,
+        save_steps=steps,
+        overwrite=True,
+        seed=seed,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    measure = peak_memory(model.device)
+
+
+def other_side(side, folder, meter, batch_size, micro_batch_size, steps, seed):
+    """Train with the padded recipe or a mode of TRL."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    examples = examples_in_order(folder, tokenizer, seed)
+    transformers.set_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16, lora_alpha=32)
+    model = peft.get_peft_model(model, lora)
+    settings = dict(
+        output_dir=str(folder / "other"),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=batch_size // micro_batch_size,
+        max_steps=steps,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+        include_num_input_tokens_seen="non_padding" if "padded" in side else "all",
+    )
+    if side in TRL_MODES:
+        trainer = trl_trainer(side, model, tokenizer, examples, settings)
+    else:
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(**settings),
+            train_dataset=examples,
+            data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        )
+    trainer.add_callback(meter)
     trainer.train()
-    return clock.losses, clock.seconds, [int(lengths[step].sum()) for step in order], measure()
 
 
-class SequentialTrainer(Trainer):
-    """Trainer that takes the examples in the order of the data set."""
+def trl_trainer(side, model, tokenizer, examples, settings):
+    """Return TRL's SFTTrainer in one of its modes, with float32 and without checkpointing as in the other sides.
 
-    def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+    A packed row has room for the tokens of a micro-batch, so that a step has equally many.
+    """
+    import datasets
+    from trl import SFTConfig, SFTTrainer
 
-
-def packed_recipe(model_dir, data_path, batch_size, micro_batch_size, steps, seed):
-    """Train with finetune.py itself; returns what `padded_recipe` returns."""
-    out = Path(model_dir) / "packed"
-    measures = []
-    real = finetune.LoraTrainer.train
-
-    def train(self, *args, **kwargs):
-        measure = peak_memory(self.args.device)
-        result = real(self, *args, **kwargs)
-        measures.append(measure())
-        return result
-
-    finetune.LoraTrainer.train = train
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            finetune.train(
-                base_model=str(model_dir),
-                data_path=str(data_path),
-                prompt_template="alpaca",
-                output_dir=str(out),
-                batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
-                max_steps=steps,
-                learning_rate=3e-4,
-                val_set_size=0,
-                save_steps=steps,
-                seed=seed,
-                overwrite=True,
-            )
-    finally:
-        finetune.LoraTrainer.train = real
-    records = finetune.read_log(out / "log.jsonl")
-    tokens = np.diff([0] + [r["tokens"] for r in records]).tolist()
-    return [r["loss"] for r in records], [r["seconds"] for r in records], tokens, measures[0]
+    lengths = [len(example["input_ids"]) for example in examples]
+    settings |= {"bf16": False, "gradient_checkpointing": False, "max_length": None}
+    if side == "TRL padding_free":
+        settings["padding_free"] = True
+    if side == "TRL packing":
+        room = round(settings["per_device_train_batch_size"] * statistics.mean(lengths))
+        settings |= {"packing": True, "max_length": max(room, *lengths), "per_device_train_batch_size": 1}
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings),
+        train_dataset=datasets.Dataset.from_list(examples),
+        processing_class=tokenizer,
+    )
 
 
-def peak_memory(device):
-    """Start measuring; the function returned gives the peak since then, in bytes above what was in use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return lambda: torch.cuda.max_memory_allocated() - before
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+def measure_side(side, folder, **sizes):
+    """Train one side in this process, and return what its Meter took down."""
+    meter = Meter()
+    if side == OURS:
+        our_side(Path(folder), meter, **sizes)
+    else:
+        other_side(side, Path(folder), meter, **sizes)
+    return meter.result()
 
-    def resident(name):
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024
 
-    before = resident("VmRSS")
-    return lambda: resident("VmHWM") - before
+# -----------------------------------------------------------------------------
+# the comparison
+
+
+def trl_python():
+    """Return the Python of .venv/trl, which has what requirements-trl.txt lists."""
+    folder = ROOT / ".venv" / "trl"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "-r", ROOT / "requirements-trl.txt"], check=True)
+    return python
+
+
+def run_side(python, **job):
+    """Return `measure_side(**job)` of a process of its own: what one side leaves behind is not the other's."""
+    code = "import json, sys, sft; print(json.dumps(sft.measure_side(**json.loads(sys.argv[1]))))"
+    done = subprocess.run(
+        [python, "-c", code, json.dumps(job)],
+        cwd=ROOT / "benchmarks",
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(f"{job['side']} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare_training(
     *,
     measure: str = "speed",
-    hidden: int = 256,
-    layers: int = 4,
-    vocab: int = 32000,
-    batch_size: int = 32,
-    micro_batch_size: int = 8,
-    steps: int = 5,
+    hidden: int = 0,
+    layers: int = 0,
+    vocab: int = 0,
+    batch_size: int = 0,
+    micro_batch_size: int = 0,
+    steps: int = 0,
     rounds: int = 3,
+    data_path: str = "",
+    tokenizer: str = "data/tiny/model",
     seed: int = 0,
-    side: str = "",
-    folder: str = "",
 ):
-    """Measure both recipes and print their ratio.
+    """Measure finetune.py and the other side in turns, and print the median of the ratios.
 
     Args:
-        measure: speed (tokens a second that are not padding) or memory (peak above the loaded model).
-        hidden: hidden size of the model, a multiple of 128.
+        measure: speed or memory beside the padded recipe, or trl for both beside the best of TRL's modes.
+        hidden: hidden size of the model, a multiple of 64; 0 here and below for what the measure takes.
         layers: layers of the model.
-        vocab: vocabulary entries of the model; --measure memory takes 151936 if this is not set otherwise.
+        vocab: vocabulary entries of the model.
         batch_size: examples of an optimizer step.
         micro_batch_size: examples of a micro-batch.
-        steps: optimizer steps of a round; the first is a warm-up and does not count for speed.
-        rounds: times that the two sides take turns.
+        steps: optimizer steps of a round, at least 2; the first does not count for speed.
+        rounds: times that the sides take turns.
+        data_path: rows to train on, as in finetune.py; empty for made ones, like alpaca's or (trl) GSM8K's.
+        tokenizer: folder or hub id of the tokenizer, whose vocabulary must fit the model's.
         seed: of everything random.
-        side: padded or packed: measure this side alone, in this process, and print it as JSON.
-        folder: the model and rows of --side.
     """
-    if measure not in ("speed", "memory"):
-        raise ValueError(f"--measure {measure}: speed or memory")
-    if side:
-        recipe = {"padded": padded_recipe, "packed": packed_recipe}[side]
-        result = recipe(Path(folder), Path(folder) / "rows.jsonl", batch_size, micro_batch_size, steps, seed)
-        print(json.dumps(result))
-        return
-    if measure == "memory" and vocab == 32000:
-        vocab = 151936
-    finetune.quiet_libraries()
+    if measure not in MEASURES:
+        raise ValueError(f"--measure {measure}: one of {', '.join(MEASURES)}")
+    given = (hidden, layers, vocab, batch_size, micro_batch_size, steps)
+    sizes = [flag or usual for flag, usual in zip(given, MEASURES[measure], strict=True)]
+    hidden, layers, vocab, batch_size, micro_batch_size, steps = sizes
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    others = TRL_MODES if measure == "trl" else ["padded Trainer"]
+    template, like = ("alpaca_short", "gsm8k") if measure == "trl" else ("alpaca", "alpaca")
+    python = trl_python() if measure == "trl" else sys.executable
+    results = {side: [] for side in [*others, OURS]}
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, hidden, layers, vocab, seed)
-        write_rows(Path(folder) / "rows.jsonl", batch_size * steps, seed)
-        ratios, gaps = [], []
+        words = AutoTokenizer.from_pretrained(finetune.local_path(tokenizer) or tokenizer)
+        finetune.use_template(words, template)
+        words.save_pretrained(folder)
+        count = batch_size * steps
+        rows = finetune.load_rows(data_path) if data_path else made_rows(like, count, seed)
+        lines = [json.dumps(row) + "\n" for row in rows[:count]]
+        (Path(folder) / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
         for n in range(rounds):
-            got = {}
-            for side in ("padded", "packed") if n % 2 == 0 else ("packed", "padded"):
-                if measure == "memory":  # in a process of its own: what one side leaves behind is not the other's peak
-                    flags = dict(batch_size=batch_size, micro_batch_size=micro_batch_size, steps=steps, seed=seed)
-                    flags |= {"side": side, "folder": folder, "measure": measure}
-                    command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in flags.items())]
-                    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                    got[side] = json.loads(said.splitlines()[-1])
-                else:
-                    recipe = {"padded": padded_recipe, "packed": packed_recipe}[side]
-                    got[side] = recipe(folder, Path(folder) / "rows.jsonl", batch_size, micro_batch_size, steps, seed)
-            losses = [got[side][0] for side in ("padded", "packed")]
-            gaps.append(max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True)))
-            if measure == "speed":
-                speed = {s: sum(got[s][2][1:]) / sum(got[s][1][1:]) for s in got}
-                ratios.append(speed["packed"] / speed["padded"])
-                line = ", ".join(f"{s} {speed[s]:,.0f} tokens/s" for s in ("padded", "packed"))
-            else:
-                peak = {s: got[s][3] / 2**20 for s in got}
-                ratios.append(peak["packed"] / peak["padded"])
-                line = ", ".join(f"{s} {peak[s]:,.0f} MiB" for s in ("padded", "packed"))
-            print(f"round {n + 1}: {line}, ratio {ratios[-1]:.2f}, losses differ by {gaps[-1]:.1e}", flush=True)
-    model = (
-        f"hidden {hidden}, {layers} layers, vocabulary {vocab:,}, batch {batch_size}, micro-batch {micro_batch_size}"
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{measure}: packed / padded = {statistics.median(ratios):.2f} (median of {rounds})    {model}    {device}")
-    return {"ratio": statistics.median(ratios), "ratios": ratios, "loss_gap": max(gaps)}
+            for side in list(results)[:: -1 if n % 2 else 1]:
+                got = run_side(
+                    sys.executable if side == OURS else python,
+                    side=side,
+                    folder=folder,
+                    batch_size=batch_size,
+                    micro_batch_size=micro_batch_size,
+                    steps=steps,
+                    seed=seed,
+                )
+                results[side].append(got)
+                print(f"round {n + 1}  {side:17s} {got['speed']:9,.1f} tokens/s  {got['peak']:9,.0f} MiB", flush=True)
+
+    ours, faster, smaller, gap = results[OURS], [], [], 0.0
+    for n in range(rounds):
+        faster.append(ours[n]["speed"] / max(results[side][n]["speed"] for side in others))
+        smaller.append(ours[n]["peak"] / min(results[side][n]["peak"] for side in others))
+        for side in set(others) - {"TRL packing"}:
+            for loss, other in zip(ours[n]["losses"], results[side][n]["losses"], strict=True):
+                gap = max(gap, abs(loss - other) / other)
+    batch = f"{steps} steps of {batch_size} examples by {micro_batch_size}"
+    print(f"\nhidden {hidden}, {layers} layers, vocabulary {vocab:,}, float32, one thread; {batch}")
+    print(f"{count} examples of {ours[0]['tokens'] / count:.0f} tokens in the mean")
+    print("median of the rounds  tokens a CPU second  peak above the model, MiB")
+    for side, runs in results.items():
+        speed, peak = (statistics.median(run[name] for run in runs) for name in ("speed", "peak"))
+        print(f"{side:20s} {speed:20,.1f} {peak:27,.0f}")
+    print(f"losses of the same examples differ by at most {gap:.1e} of their value")
+    print(f"rounds: {', '.join(f'{a:.2f} x the speed, {b:.3f} x the memory' for a, b in zip(faster, smaller))}")
+    speed, memory = statistics.median(faster), statistics.median(smaller)
+    if measure == "trl":
+        print(f"ratio {speed:.2f} of the tokens a CPU second, {memory:.2f} of the peak memory")
+    else:
+        print(f"ratio {speed:.2f}" if measure == "speed" else f"ratio {memory:.3f}")
+    return {"speed": speed, "memory": memory, "loss_gap": gap}
 
 
 if __name__ == "__main__":

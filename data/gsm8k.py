@@ -148,7 +148,7 @@ def write_gsm8k(
     place, output, tables = Path(source), Path(output_dir), {}
     if split not in ("", "train", "test") or max_samples < 0:
         raise ValueError(
-            f"--split {split!r} must be train, test or empty for both, --max_samples {max_samples} not below 0"
+            f"--split {split!r} must be train, test or, for both, empty; --max_samples {max_samples} must be 0 or more"
         )
     if place.is_file() and not split:
         raise ValueError(f"--source {source} is one file, so one split: add --split train or --split test")
@@ -161,7 +161,7 @@ def write_gsm8k(
         except Exception as error:  # the hub client raises dozens of kinds
             raise ValueError(
                 f"--source {source} is no file or folder, and the hub could not give it with --config {config}: "
-                f"{error}. Where the hub is out of reach, run `hf download {source} --repo-type dataset --local-dir DIR` "
+                f"{error}. Where it is out of reach, run `hf download {source} --repo-type dataset --local-dir DIR` "
                 f"elsewhere, copy DIR, and pass --source DIR/{config}"
             ) from error
     for name in [split] if split else ["train", "test"]:

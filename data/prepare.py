@@ -308,7 +308,7 @@ def prepare(
                     raise ValueError(f"{bad[0]}; --skip_bad_rows leaves such rows out") from None
     print(
         *bad[:3],
-        f"{len(lines):,} conversations; {len(bad):,} bad rows left out, {stripped:,} answers stripped, {empty:,} empty",
+        f"{len(lines):,} conversations, {len(bad):,} bad rows left out, {stripped:,} answers stripped, {empty:,} empty",
         sep="\n",
     )
     if not lines:

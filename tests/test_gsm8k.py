@@ -1,8 +1,11 @@
-"""data/gsm8k.py: its helpers by hand, and whole runs on a few rows written here. No network, no torch."""
+"""
+data/gsm8k.py: its helpers by hand, and whole runs on a few rows written here. No network, no torch.
+
+    .venv/bin/python -m pytest tests/test_gsm8k.py
+"""
 
 import importlib.util
 import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -12,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("prepare_gsm8k", ROOT / "data" / "gsm8k.py")
+spec = importlib.util.spec_from_file_location("gsm8k_data", ROOT / "data" / "gsm8k.py")
 gsm8k = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gsm8k)
 
@@ -38,10 +41,10 @@ def write(path, rows):
     return path
 
 
-def expected(rows, split, suffix=SUFFIX, data_source="openai/gsm8k"):
+def expected(rows, split, suffix=SUFFIX):
     return [
         {
-            "data_source": data_source,
+            "data_source": "openai/gsm8k",
             "prompt": [{"role": "user", "content": row["question"] + suffix}],
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": truth},
@@ -64,7 +67,7 @@ def refuse(tmp_path, *parts, **flags):
     output = tmp_path / "out"
     before = contents(output)
     with pytest.raises(ValueError) as error:
-        gsm8k.prepare(output_dir=str(output), **{key: str(value) for key, value in flags.items()})
+        gsm8k.write_gsm8k(output_dir=str(output), **{key: str(value) for key, value in flags.items()})
     for part in parts:
         assert part in str(error.value)
     assert contents(output) == before
@@ -115,19 +118,19 @@ def test_extract_solution(answer, solution):
 
 @pytest.mark.parametrize("answer", ["42", "####42", "### 42", "The answer is 42.", ""])
 def test_extract_solution_without_marker(answer):
-    with pytest.raises(ValueError, match='no "#### " in the answer'):
+    with pytest.raises(ValueError, match='does not end in a line like "#### 42"'):
         gsm8k.extract_solution(answer)
 
 
 @pytest.mark.parametrize("after", ["", "forty", "42.", "42 apples", "1/2", "5%", "--5", "-$-5", ",", "- 5", "4 2", "٤"])
 def test_extract_solution_that_is_no_plain_number(after):
-    with pytest.raises(ValueError, match="not a plain number"):
+    with pytest.raises(ValueError, match="a plain number, as the reward compares text"):
         gsm8k.extract_solution(f"Because.\n#### {after}")
 
 
 def test_to_row():
     row = dict(TRAIN[1])
-    assert gsm8k.to_row(row, "train", 7) == {
+    assert gsm8k.to_row(row, "train", 7, SUFFIX[1:]) == {
         "data_source": "openai/gsm8k",
         "prompt": [
             {
@@ -146,9 +149,7 @@ def test_to_row():
         },
     }
     assert row == TRAIN[1]  # left as it was
-    other = gsm8k.to_row(row, "test", 0, data_source="mine", instruction="")
-    assert other["data_source"] == "mine"
-    assert other["prompt"][0]["content"] == "What is the house worth?"  # no space either
+    assert gsm8k.to_row(row, "test", 0, "")["prompt"][0]["content"] == "What is the house worth?"  # no space either
 
 
 # -----------------------------------------------------------------------------
@@ -160,16 +161,16 @@ def test_folder(tmp_path, capsys, suffix):
     write(tmp_path / "raw" / f"train{suffix}", TRAIN)
     write(tmp_path / "raw" / f"test{suffix}", TEST)
     output = tmp_path / "made" / "here"
-    gsm8k.prepare(source=str(tmp_path / "raw"), output_dir=str(output))
+    gsm8k.write_gsm8k(source=str(tmp_path / "raw"), output_dir=str(output))
     assert sorted(contents(output)) == ["test.parquet", "train.parquet"]
     assert read(output / "train.parquet") == expected(TRAIN, "train")
     assert read(output / "test.parquet") == expected(TEST, "test")
     said = capsys.readouterr().out
-    assert "3 rows" in said and "1 rows" in said and str(output / "train.parquet") in said and "Next: " in said
+    assert f"wrote 3 rows to {output}/train.parquet\nwrote 1 rows to {output}/test.parquet\nNext: " in said
 
 
 def test_schema(tmp_path):
-    gsm8k.prepare(source=str(write(tmp_path / "x.json", TRAIN)), split="train", output_dir=str(tmp_path))
+    gsm8k.write_gsm8k(source=str(write(tmp_path / "x.json", TRAIN)), split="train", output_dir=str(tmp_path))
     schema = pq.read_schema(tmp_path / "train.parquet")
     assert schema.names == ["data_source", "prompt", "ability", "reward_model", "extra_info"]
     assert schema.field("data_source").type == schema.field("ability").type == pa.string()
@@ -185,7 +186,7 @@ def test_schema(tmp_path):
 @pytest.mark.parametrize("split, other", [("train", "test"), ("test", "train")])
 def test_file_is_one_split(tmp_path, suffix, split, other):
     path = write(tmp_path / f"rows{suffix}", TRAIN)
-    gsm8k.prepare(source=str(path), split=split, output_dir=str(tmp_path / "out"))
+    gsm8k.write_gsm8k(source=str(path), split=split, output_dir=str(tmp_path / "out"))
     rows = read(tmp_path / "out" / f"{split}.parquet")
     assert [row["extra_info"]["split"] for row in rows] == [split] * 3
     assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
@@ -193,43 +194,32 @@ def test_file_is_one_split(tmp_path, suffix, split, other):
     assert not (tmp_path / "out" / f"{other}.parquet").exists()
 
 
-def test_flags_reach_the_rows(tmp_path, capsys):
+def test_flags_reach_the_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", TRAIN)
-    gsm8k.prepare(
-        source=str(path), split="train", output_dir=str(tmp_path), instruction="", data_source="my/own", max_samples=2
-    )
-    assert read(tmp_path / "train.parquet") == expected(TRAIN[:2], "train", "", "my/own")
-    assert "2 rows of 3" in capsys.readouterr().out
-    gsm8k.prepare(source=str(path), split="train", output_dir=str(tmp_path), instruction="Go.")
+    gsm8k.write_gsm8k(source=str(path), split="train", output_dir=str(tmp_path), instruction="", max_samples=2)
+    assert read(tmp_path / "train.parquet") == expected(TRAIN[:2], "train", "")
+    gsm8k.write_gsm8k(source=str(path), split="train", output_dir=str(tmp_path), instruction="Go.", max_samples=9)
     assert read(tmp_path / "train.parquet") == expected(TRAIN, "train", " Go.")
 
 
 def test_json_lines_in_any_suffix_with_blank_lines_crlf_and_bom(tmp_path):
     text = "\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in TRAIN) + "\r\n"
     (tmp_path / "rows.json").write_bytes(text.encode())
-    gsm8k.prepare(source=str(tmp_path / "rows.json"), split="train", output_dir=str(tmp_path))
+    gsm8k.write_gsm8k(source=str(tmp_path / "rows.json"), split="train", output_dir=str(tmp_path))
     assert read(tmp_path / "train.parquet") == expected(TRAIN, "train")
 
 
 def test_files_named_as_on_the_hub(tmp_path):
     for split, rows in (("train", TRAIN), ("test", TEST)):
         write(tmp_path / "main" / f"{split}-00000-of-00001.parquet", rows)
-    gsm8k.prepare(source=str(tmp_path / "main"), output_dir=str(tmp_path / "out"))
+    gsm8k.write_gsm8k(source=str(tmp_path / "main"), output_dir=str(tmp_path / "out"))
     assert read(tmp_path / "out" / "train.parquet") == expected(TRAIN, "train")
-
-
-def test_twice_into_the_folder_of_the_source(tmp_path):
-    write(tmp_path / "train.jsonl", TRAIN)
-    write(tmp_path / "test.jsonl", TEST)
-    for _ in range(2):
-        gsm8k.prepare(source=str(tmp_path), output_dir=str(tmp_path))
-        assert read(tmp_path / "train.parquet") == expected(TRAIN, "train")
 
 
 @pytest.mark.parametrize("config", ["main", "socratic"])
 def test_hub(tmp_path, monkeypatch, hub, config):
     monkeypatch.chdir(tmp_path)
-    gsm8k.prepare(config=config)
+    gsm8k.write_gsm8k(config=config)
     assert hub.calls == [(("openai/gsm8k", config), {})]
     assert read(tmp_path / "data/gsm8k/train.parquet") == expected(TRAIN, "train")
     assert read(tmp_path / "data/gsm8k/test.parquet") == expected(TEST, "test")
@@ -237,14 +227,14 @@ def test_hub(tmp_path, monkeypatch, hub, config):
 
 def test_hub_other_name_one_split(tmp_path, hub):
     hub.result = {"test": TEST}
-    gsm8k.prepare(source="some-one/gsm8k.v2", split="test", output_dir=str(tmp_path))
+    gsm8k.write_gsm8k(source="some-one/gsm8k.v2", split="test", output_dir=str(tmp_path))
     assert hub.calls == [(("some-one/gsm8k.v2", "main"), {})]
     assert sorted(contents(tmp_path)) == ["test.parquet"]
-    assert read(tmp_path / "test.parquet") == expected(TEST, "test")  # data_source is a flag of its own
+    assert read(tmp_path / "test.parquet") == expected(TEST, "test")  # data_source names the reward
 
 
 def test_local_source_never_asks_the_hub(tmp_path, hub):
-    gsm8k.prepare(source=str(write(tmp_path / "x.json", TEST)), split="test", output_dir=str(tmp_path))
+    gsm8k.write_gsm8k(source=str(write(tmp_path / "x.json", TEST)), split="test", output_dir=str(tmp_path))
     assert hub.calls == []
 
 
@@ -252,11 +242,11 @@ def test_command_line(tmp_path, monkeypatch):
     path = write(tmp_path / "x.json", TEST)
     argv = ["gsm8k.py", "--source", str(path), "--split", "test", "--output_dir", str(tmp_path), "--instruction", ""]
     monkeypatch.setattr(sys, "argv", argv)
-    gsm8k.run_cli(gsm8k.prepare)
+    gsm8k.run_cli(gsm8k.write_gsm8k)
     assert read(tmp_path / "test.parquet") == expected(TEST, "test", "")
     path.write_text("[\n{}\n]")
-    with pytest.raises(SystemExit, match=r'error: .*x\.json:2: the row has no "question"'):
-        gsm8k.run_cli(gsm8k.prepare)
+    with pytest.raises(SystemExit, match=r'error: .*x\.json, test row 1: no text in field "question" of \{\}'):
+        gsm8k.run_cli(gsm8k.write_gsm8k)
 
 
 # -----------------------------------------------------------------------------
@@ -264,108 +254,91 @@ def test_command_line(tmp_path, monkeypatch):
 
 
 BAD = [
-    ({"answer": "#### 1"}, ['no "question"', "['answer']"]),
-    ({"question": "Why?"}, ['no "answer"', "['question']"]),
-    ({"question": " ", "answer": "#### 1"}, ["\"question\" is ' '"]),
-    ({"question": "Why?", "answer": None}, ['"answer" is None']),
-    ({"question": "Why?", "answer": "It is 5."}, ['no "#### "', "'It is 5.'"]),
-    ({"question": "Why?", "answer": "It is\n#### 5 apples"}, ["'5 apples'", "not a plain number"]),
+    ({"answer": "#### 1"}, 'no text in field "question" of {'),
+    ({"question": "Why?"}, 'no text in field "answer" of {'),
+    ({"question": " ", "answer": "#### 1"}, 'no text in field "question" of {'),
+    ({"question": "Why?", "answer": None}, 'no text in field "answer" of {'),
+    ({"question": "Why?", "answer": "It is 5."}, "the answer 'It is 5.' does not end in a line like"),
+    (
+        {"question": "Why?", "answer": "It is\n#### 5 apples"},
+        "the answer 'It is\\n#### 5 apples' does not end in a line",
+    ),
+    (7, 'no text in field "question" of 7'),
 ]
 
 
-@pytest.mark.parametrize("bad, parts", BAD)
-def test_bad_row(tmp_path, bad, parts):
-    lines = [json.dumps(TRAIN[0]), "", json.dumps(TRAIN[1]), json.dumps(bad)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(lines))
-    refuse(tmp_path, f"{path}:4: ", *parts, source=path, split="train")
-
-    # a list, with rows over several lines and two on one line; \n inside a string is no line of the file
-    path = tmp_path / "rows.json"
-    first, second, bad_text = (json.dumps(row, indent=1) for row in (TRAIN[0], TRAIN[1], bad))
-    path.write_text(f"\n[\n\n{first},{second}\n\n,\n {bad_text}\n]\n")
-    refuse(tmp_path, f"{path}:13: ", *parts, source=path, split="train")
-
-    path = tmp_path / "rows.parquet"
-    if len(bad) == 2:  # in a table, every row has every column
-        write(path, [TRAIN[0], bad])
-        refuse(tmp_path, f"{path}, row 1 (from 0): ", *parts, source=path, split="train")
-    else:
-        write(path, [bad, bad])
-        refuse(tmp_path, f"{path}, row 0 (from 0): ", *parts, source=path, split="train")
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("bad, message", BAD)
+def test_bad_row(tmp_path, suffix, bad, message):
+    if suffix == ".parquet":  # in a table every row has every column
+        bad = dict.fromkeys(("question", "answer")) | (bad if isinstance(bad, dict) else {})
+        message = message.replace("of 7", "of {")
+    path = write(tmp_path / f"rows{suffix}", [TRAIN[0], TRAIN[1], bad])
+    refuse(tmp_path, f"{path}, train row 3: {message}", source=path, split="train")
 
 
 def test_bad_row_of_the_hub(tmp_path, hub):
     hub.result = {"train": TRAIN, "test": [*TEST, {"question": "Why?", "answer": "5"}]}
-    refuse(tmp_path, "openai/gsm8k (socratic), test row 1 (from 0): ", 'no "#### "', config="socratic")
+    refuse(tmp_path, "openai/gsm8k, test row 2: ", "does not end in a line", config="socratic")
 
 
-def test_a_row_that_is_no_object(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text('[\n"one",\n"two"]')
-    refuse(tmp_path, f"{path}:2: 'one' is not a row", source=path, split="train")
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(TEST[0]) + "\n7\n")
-    refuse(tmp_path, f"{path}:2: 7 is not a row", source=path, split="train")
-
-
-def test_invalid_json(tmp_path):
+def test_a_file_that_cannot_be_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(TRAIN[0]) + '\n{"question": oops}\n')
-    refuse(tmp_path, f"{path}:2: invalid JSON", "column 14", "oops", "one a line", source=path, split="train")
+    refuse(tmp_path, f"{path}, train row 2: Expecting value: line 1 column 14", source=path, split="train")
     path = tmp_path / "rows.json"
     path.write_text(f"[\n{json.dumps(TRAIN[0])},\n{json.dumps(TRAIN[1])[:-5]}\n]")
-    refuse(tmp_path, f"{path}:3: invalid JSON", source=path, split="train")
+    refuse(tmp_path, f"{path} cannot be read: Invalid control character at: line 3", source=path, split="train")
     path.write_bytes(b'[\n{"question": "caf\xe9"}]')
-    refuse(tmp_path, f"{path}:2: byte 0xe9 is not UTF-8", source=path, split="train")
+    refuse(tmp_path, f"{path} cannot be read: 'utf-8' codec can't decode byte 0xe9", source=path, split="train")
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 but not really")
-    refuse(tmp_path, f"{path}: cannot be read as parquet", source=path, split="train")
+    refuse(tmp_path, f"{path} cannot be read: ", source=path, split="train")
 
 
 @pytest.mark.parametrize("name, text", [("a.json", ""), ("a.json", " []\n"), ("a.jsonl", ""), ("a.jsonl", "\n \n")])
 def test_empty_file(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    refuse(tmp_path, f"{tmp_path / name}: no rows", source=tmp_path / name, split="train")
+    refuse(tmp_path, f"{tmp_path / name}: no rows of the split 'train'", source=tmp_path / name, split="train")
 
 
-def test_empty_parquet_and_empty_hub_split(tmp_path, hub):
+def test_empty_parquet_and_empty_or_missing_hub_split(tmp_path, hub):
     path = write(tmp_path / "a.parquet", TRAIN)
     pq.write_table(pq.read_table(path).slice(0, 0), path)
     refuse(tmp_path, f"{path}: no rows", source=path, split="train")
     hub.result = {"train": TRAIN, "test": []}
-    refuse(tmp_path, "openai/gsm8k (main), test: no rows")
+    refuse(tmp_path, "openai/gsm8k: no rows of the split 'test'")
+    hub.result = {"train": TRAIN, "validation": TEST}
+    refuse(tmp_path, "openai/gsm8k: no rows of the split 'test'")
 
 
-def test_unknown_flag_values(tmp_path, hub):
+def test_flag_values_that_do_not_fit(tmp_path, hub):
     path = write(tmp_path / "rows.jsonl", TRAIN)
-    refuse(tmp_path, "--split 'valid'", "train, test", source=path, split="valid")
-    refuse(tmp_path, "--config 'sokratic'", "main or socratic", config="sokratic")
+    refuse(tmp_path, "--split 'valid' must be train, test or, for both, empty", source=path, split="valid")
     refuse(tmp_path, "add --split train or --split test", source=path)
-    refuse(tmp_path, "--data_source is empty", data_source="")
-    with pytest.raises(ValueError, match="--max_samples -1"):
-        gsm8k.prepare(max_samples=-1, output_dir=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="is a file: pass a folder"):
-        gsm8k.prepare(source=str(path), split="train", output_dir=str(path))
+    with pytest.raises(ValueError, match="--max_samples -1 must be 0 or more"):
+        gsm8k.write_gsm8k(max_samples=-1, output_dir=str(tmp_path / "out"))
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("source", ["gsm8k", "raw/train.jsonl", "./raw/gsm8k", "/no/such/place", "a/b/c", "~/nowhere"])
-def test_source_that_is_neither_local_nor_a_hub_id(tmp_path, hub, source):
-    refuse(tmp_path, repr(source), "no such file or folder", "owner/name", source=source)
+@pytest.mark.parametrize(
+    "source", ["gsm8k", "raw/train.jsonl", "./raw/gsm8k", "/no/such/place", "a/b/c", "~/nowhere", "../gsm8k", "raw/no"]
+)
+def test_source_that_is_neither_local_nor_a_hub_id(tmp_path, monkeypatch, hub, source):
+    (tmp_path / "raw").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refuse(tmp_path, f"--source {Path(source)} must be a file, a hub id (owner/name) or a folder", source=source)
     assert hub.calls == []
 
 
-def test_local_files_that_do_not_fit(tmp_path):
-    (tmp_path / "rows.csv").write_text("question,answer\n")
-    refuse(tmp_path, "'.csv'", ".json, .jsonl, .parquet", source=tmp_path / "rows.csv", split="train")
+def test_folders_without_exactly_one_file_of_a_split(tmp_path):
     raw = tmp_path / "raw"
     write(raw / "train.jsonl", TRAIN)
-    refuse(tmp_path, "no test.json, .jsonl or .parquet", "--split", source=raw)
+    refuse(tmp_path, "one test.json, test.jsonl or test.parquet, and 0 are there", "--split test", source=raw)
     write(raw / "test.jsonl", TEST)
     write(raw / "train.json", TRAIN)
-    refuse(tmp_path, "train.json and train.jsonl", "pass the file itself", source=raw)
-    gsm8k.prepare(source=str(raw), split="test", output_dir=str(tmp_path / "out"))
+    refuse(tmp_path, "and 2 are there: pass the file itself with --split train", source=raw)
+    gsm8k.write_gsm8k(source=str(raw), split="test", output_dir=str(tmp_path / "out"))
     assert sorted(contents(tmp_path / "out")) == ["test.parquet"]
 
 
@@ -374,21 +347,16 @@ def test_the_source_is_not_replaced(tmp_path):
     write(tmp_path / "out" / "test.parquet", TEST)
     refuse(tmp_path, "would be replaced", source=tmp_path / "out")
     refuse(tmp_path, "would be replaced", source=tmp_path / "out" / "train.parquet", split="train")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    refuse(tmp_path, "would be replaced", source=tmp_path / "link")
 
 
 def test_hub_that_does_not_answer(tmp_path, hub):
     hub.result = ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
-    parts = [
-        "--source openai/gsm8k",
-        "ConnectionError: Couldn't reach",
-        "hf download openai/gsm8k",
-        "--source DIR/socratic",
-    ]
+    parts = ["--source openai/gsm8k", "Couldn't reach", "hf download openai/gsm8k", "--source DIR/socratic"]
     refuse(tmp_path, *parts, config="socratic")
-    hub.result = ValueError("BuilderConfig 'main' not found")
-    refuse(tmp_path, "no such file or folder", "--config main", "BuilderConfig", source="data/gsm9k")
-    hub.result = {"train": TRAIN, "validation": TEST}
-    refuse(tmp_path, "no split 'test'", "train, validation")
+    hub.result = ValueError("BuilderConfig 'sokratic' not found")
+    refuse(tmp_path, "no file or folder", "--config sokratic", "BuilderConfig", source="some/gsm9k", config="sokratic")
 
 
 # -----------------------------------------------------------------------------
@@ -399,10 +367,10 @@ def test_existing_output_is_kept_upon_error(tmp_path):
     output = tmp_path / "out"
     write(tmp_path / "raw" / "train.jsonl", TRAIN)
     write(tmp_path / "raw" / "test.jsonl", TEST)
-    gsm8k.prepare(source=str(tmp_path / "raw"), output_dir=str(output))
+    gsm8k.write_gsm8k(source=str(tmp_path / "raw"), output_dir=str(output))
     write(tmp_path / "raw" / "train.jsonl", TRAIN[:1])  # a good split is not written either
     write(tmp_path / "raw" / "test.jsonl", [{"question": "Why?", "answer": "5"}])
-    refuse(tmp_path, "test.jsonl:1: ", source=tmp_path / "raw")  # compares the folder before and after
+    refuse(tmp_path, "test.jsonl, test row 1: ", source=tmp_path / "raw")  # compares the folder before and after
     assert read(output / "train.parquet") == expected(TRAIN, "train")
     assert read(output / "test.parquet") == expected(TEST, "test")
 
@@ -411,7 +379,7 @@ def test_renamed_onto_the_target_once_complete(tmp_path, monkeypatch):
     output = tmp_path / "out"
     write(tmp_path / "raw" / "train.jsonl", TRAIN)
     write(tmp_path / "raw" / "test.jsonl", TEST)
-    renamed, replace = [], os.replace
+    renamed, replace = [], Path.replace
 
     def record(source, target):
         assert Path(source).parent == Path(target).parent == output
@@ -422,8 +390,8 @@ def test_renamed_onto_the_target_once_complete(tmp_path, monkeypatch):
         replace(source, target)
         renamed.extend([Path(source).name, Path(target).name])
 
-    monkeypatch.setattr(gsm8k.os, "replace", record)
-    gsm8k.prepare(source=str(tmp_path / "raw"), output_dir=str(output))
+    monkeypatch.setattr(Path, "replace", record)
+    gsm8k.write_gsm8k(source=str(tmp_path / "raw"), output_dir=str(output))
     assert len(renamed) == 4
     assert sorted(contents(output)) == ["test.parquet", "train.parquet"]
 
@@ -432,17 +400,17 @@ def test_a_disk_that_fills_up_leaves_the_old_files(tmp_path, monkeypatch):
     output = tmp_path / "out"
     write(tmp_path / "raw" / "train.jsonl", TRAIN)
     write(tmp_path / "raw" / "test.jsonl", TEST)
-    gsm8k.prepare(source=str(tmp_path / "raw"), output_dir=str(output))
+    gsm8k.write_gsm8k(source=str(tmp_path / "raw"), output_dir=str(output))
     before, write_table = contents(output), pq.write_table
 
     def fail_on_test(table, path):
         write_table(table.slice(0, 1), path)
-        if "test" in path.name:
+        if "test" in Path(path).name:
             raise OSError("No space left on device")
 
     monkeypatch.setattr(gsm8k.pq, "write_table", fail_on_test)
     with pytest.raises(OSError, match="No space left"):
-        gsm8k.prepare(source=str(tmp_path / "raw"), output_dir=str(output))
+        gsm8k.write_gsm8k(source=str(tmp_path / "raw"), output_dir=str(output))
     assert contents(output) == before
 
 
