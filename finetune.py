@@ -809,7 +809,7 @@ def train(
     )
     trainer.sums = sums
     trainer.batches = MicroBatches(lengths, batch_size, micro_batch_size, args.process_index, world_size, seed)
-    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Report)
     transformers.set_seed(seed + 100003 * args.process_index)  # dropout and noise are each rank's own
     main = args.process_index == 0
@@ -829,15 +829,10 @@ def train(
         print(f"finetune.py  {base_model} -> {out}    torch {torch.__version__}  {world_size} x {args.device}  {dtype}")
         print(f"  data        {data_path}: {len(train_set):,} examples, {lengths.sum():,} tokens; template {template}")
         print(f"  validation  {len(eval_set):,} examples, {out}/validation.jsonl")
-        print(
-            f"  dropped     {counts['cut']:,} examples cut at --cutoff_len {cutoff_len}, {counts['left_out']:,} left out"
-        )
-        print(
-            f"  batch       {batch_size} = {world_size} ranks x {micro_batch_size} x {args.gradient_accumulation_steps}"
-        )
-        print(
-            f"  learns      {tokenizer.decode([label for label in train_set[0]['labels'] if label != IGNORE])!r:.300}"
-        )
+        print(f"  cut         {counts['cut']:,} at --cutoff_len {cutoff_len}; {counts['left_out']:,} more left out")
+        print(f"  batch       {batch_size} = {world_size} x {micro_batch_size} x {args.gradient_accumulation_steps}")
+        labels = train_set[0]["labels"]
+        print(f"  learns      {tokenizer.decode(labels[labels != IGNORE])!r:.300}")
         print(f"  starts      at learning rate {learning_rate:.2e} from {checkpoint or 'the first step'}")
         model.print_trainable_parameters()
 
