@@ -831,8 +831,7 @@ def train(
         print(f"  validation  {len(eval_set):,} examples, {out}/validation.jsonl")
         print(f"  cut         {counts['cut']:,} at --cutoff_len {cutoff_len}; {counts['left_out']:,} more left out")
         print(f"  batch       {batch_size} = {world_size} x {micro_batch_size} x {args.gradient_accumulation_steps}")
-        labels = train_set[0]["labels"]
-        print(f"  learns      {tokenizer.decode(labels[labels != IGNORE])!r:.300}")
+        print(f"  learns      {tokenizer.decode(train_set[0]['labels'][train_set[0]['labels'] != IGNORE])!r:.300}")
         print(f"  starts      at learning rate {learning_rate:.2e} from {checkpoint or 'the first step'}")
         model.print_trainable_parameters()
 
