@@ -546,7 +546,7 @@ def open_page(stream, title, sampling, context, host, port, password):
         if cut:
             gradio.Info("The answer was cut at max new tokens.")
 
-    with gradio.Blocks(title="looseleaf", fill_height=True) as page:
+    with gradio.Blocks(title="looseleaf") as page:
         controls = []
         with gradio.Sidebar(position="right", width=340):
             for name, value in sampling.items():
@@ -557,7 +557,7 @@ def open_page(stream, title, sampling, context, host, port, password):
         gradio.ChatInterface(
             reply,
             # as the model wrote it: Markdown would take "#### 42" for a heading
-            chatbot=gradio.Chatbot(render_markdown=False, scale=1),
+            chatbot=gradio.Chatbot(render_markdown=False),
             additional_inputs=controls,
             concurrency_limit=1,
             api_visibility="private",
@@ -565,11 +565,8 @@ def open_page(stream, title, sampling, context, host, port, password):
     page.launch(
         server_name=host,
         server_port=port or None,
-        share=False,
         auth=("looseleaf", password) if password else None,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none of another site
-        footer_links=[],
-        ssr_mode=False,
     )
 
 
@@ -711,7 +708,7 @@ def generate(
     if data_path and not order:
         raise ValueError(f"{data_path}, row 1: {items[0]['error']}")
     batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
-    log = Path(output_dir) / "answers.jsonl"
+    log, target = Path(output_dir) / "answers.jsonl", Path(output_dir) / "predictions.jsonl"
     settings = sampling | {
         "model": [base, *fingerprint(base)],
         "adapter": [lora_weights, *fingerprint(lora_weights or "nothing")],
@@ -722,6 +719,8 @@ def generate(
     }
     done = []
     if data_path:
+        if target.exists() and not log.exists() and not overwrite:
+            raise ValueError(f"{target} is not of this script: --overwrite it, or another --output_dir")
         log.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             log.unlink(missing_ok=True)
@@ -810,7 +809,7 @@ def generate(
             summary[name] = {"mean": mean, "standard_error": error}
             told = score if name == "score" else name
             print(f"{told} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
-    write_predictions(log.with_name("predictions.jsonl"), predictions)
+    write_predictions(target, predictions)
     write_json(log.with_name("summary.json"), summary)
     print(f"{summary['cut']:,} cut at --max_new_tokens {max_new_tokens}, {len(items) - len(answers):,} rows left out")
     print(f"wrote {output_dir}/predictions.jsonl and summary.json")

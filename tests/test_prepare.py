@@ -112,6 +112,7 @@ def said(path="", **flags):
         ("rows.csv", 'instruction,output\nAsk – 1,"A\n1"\n"Ask, 2","""\u2028"""\n'),
         ("windows.jsonl", "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n"),
         ("windows.csv", 'instruction,output\r\nAsk – 1,"A\n1"\r\n"Ask, 2","""\u2028"""\r\n'),
+        ("mac.csv", 'instruction,output\rAsk – 1,"A\n1"\r"Ask, 2","""\u2028"""\r'),
     ],
 )
 def test_every_kind_of_file_gives_the_same_conversations(tmp_path, name, content):
