@@ -24,7 +24,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 import generate as script
-from generate import compute_score, final_number, generate, mean_and_error, read_prompts, rouge, score_answer
+from generate import compute_score, final_number, generate, mean_and_error, rouge, score_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny" / "model"
@@ -115,6 +115,14 @@ def greedy(tmp_path_factory):
 
 
 @pytest.fixture
+def no_model(monkeypatch):
+    """A function after whose call no model may be loaded any more."""
+    return lambda: monkeypatch.setattr(
+        script.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("the model was loaded")
+    )
+
+
+@pytest.fixture
 def seen(monkeypatch):
     """The prompts that reach the model, as lists of ids without their padding."""
     prompts, real = [], GenerationMixin.generate
@@ -166,11 +174,14 @@ def test_compute_score_compares_text_and_reads_the_last_300_characters():
 
 
 def test_score_answer_takes_the_number_of_the_reference():
+    def score(answer, reference, name):
+        return score_answer(answer, {"index": 0, "reference": reference}, name, "here")["score"]
+
     reference = "a long way" + " to go" * 100 + " 3\n#### 1,024"
-    assert score_answer("#### 1024", reference, "gsm8k_strict") == 1.0
-    assert score_answer("it is 1024", reference, "gsm8k_strict") == 0.0
-    assert score_answer("it is 1024", reference, "gsm8k_flexible") == 1.0
-    assert score_answer(" yes\n", "yes", "exact") == 1.0 and score_answer("Yes", "yes", "exact") == 0.0
+    assert score("#### 1024", reference, "gsm8k_strict") == 1.0
+    assert score("it is 1024", reference, "gsm8k_strict") == 0.0
+    assert score("it is 1024", reference, "gsm8k_flexible") == 1.0
+    assert score(" yes\n", "yes", "exact") == 1.0 and score("Yes", "yes", "exact") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -220,41 +231,35 @@ def check(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": len(ground_truth), "source": data_source, "info": extra_info, "twice": 2.0}
 def number(data_source, solution_str, ground_truth, extra_info=None):
     return True
-def odd(data_source, solution_str, ground_truth, extra_info=None):
-    return float("nan") if extra_info["index"] == 1 else 0
+def fails(data_source, solution_str, ground_truth, extra_info=None):
+    return 1 / 0 if extra_info["index"] == 1 else 0
 """
 
 
 def test_a_function_of_ones_own_is_called_as_verl_calls_it(tmp_path, capsys):
     Path("mine.py").write_text(SCORER)
-    verl = {"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "2+3?"}], "ability": "math"}
-    verl |= {"reward_model": {"style": "rule", "ground_truth": "5"}, "extra_info": {"answer": "#### 5", "index": 7}}
-    path = write("rows.jsonl", verl, {"question": "1+1?", "answer": "#### 2"})
+    path = write("rows.jsonl", {"question": "2+3?", "answer": "5"}, {"question": "1+1?", "answer": "#### 2"})
     flags = {"data_path": path, "max_new_tokens": 4}
     summary = generate(**flags, score="mine.py:check")
-    assert [row["score"] for row in answers()] == [1, 6] and summary["mean"] == 3.5 and summary["standard_error"] == 2.5
-    assert [row["source"] for row in answers()] == ["openai/gsm8k", path] and summary["means"] == {"twice": 2.0}
-    assert [row["info"] for row in answers()] == [verl["extra_info"], {"index": 1}]
-    assert "mine.py:check 3.5000 +- 2.5000 (2 rows), twice 2.0000" in capsys.readouterr().out
-    assert generate(**flags, score="mine.py:number")["mean"] == 1.0
-    kept = answers()
-    with pytest.raises(ValueError, match="mine.py:odd: of row 1 it gave ValueError: the score is nan. The answers are"):
-        generate(**flags, score="mine.py:odd")
-    assert answers() == kept
-    for name, message in [("none", "has no function none"), ("SCORER", "has no function SCORER")]:
-        with pytest.raises(ValueError, match=message):
-            generate(**flags, score=f"mine.py:{name}")
+    assert [row["score"] for row in answers()] == [1, 6]
+    assert summary["score"] == {"mean": 3.5, "standard_error": 2.5} and summary["twice"]["mean"] == 2.0
+    assert [row["source"] for row in answers()] == [path, path]
+    assert [row["info"] for row in answers()] == [{"index": 0}, {"index": 1}]
+    assert "mine.py:check 350.00% +- 250.00% of 2 rows\ntwice 200.00% +- 0.00%" in capsys.readouterr().out
+    assert generate(**flags, score="mine.py:number")["score"]["mean"] == 1.0
+    with pytest.raises(ValueError, match="mine.py:none cannot be loaded: KeyError: 'none'"):
+        generate(**flags, score="mine.py:none")
     Path("broken.py").write_text("import nothing_of_that_name\n")
-    with pytest.raises(ValueError, match="broken.py cannot be loaded: ModuleNotFoundError"):
+    with pytest.raises(ValueError, match="broken.py:f cannot be loaded: ModuleNotFoundError"):
         generate(**flags, score="broken.py:f")
 
 
-def test_a_score_function_that_fails_loses_no_answers(monkeypatch):
+def test_a_score_function_that_fails_loses_no_answers(no_model):
     Path("mine.py").write_text(SCORER)
     flags = {"data_path": str(DATA), "max_samples": 3, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="mine.py:odd: of row 1"):
-        generate(**flags, score="mine.py:odd")
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(ZeroDivisionError):
+        generate(**flags, score="mine.py:fails")
+    no_model()
     assert generate(**flags, score="mine.py:number")["answered"] == 3 == len(answers())
 
 
@@ -274,9 +279,8 @@ def test_an_answer_is_cut_at_max_new_tokens_and_says_so(greedy, capsys):
     full = len(tokenizer(greedy[0]["prediction"], add_special_tokens=False).input_ids)
     question = greedy[0]["messages"][0]["content"]
     whole = generate(prompt=question, max_new_tokens=full + 1)  # the end token is one of them
-    assert whole == {"answer": greedy[0]["prediction"], "cut": False} and "cut" not in capsys.readouterr().out
-    cut = generate(prompt=question, max_new_tokens=full)
-    assert cut == {"answer": greedy[0]["prediction"], "cut": True}
+    assert whole == greedy[0]["prediction"] and "cut" not in capsys.readouterr().out
+    assert generate(prompt=question, max_new_tokens=full) == greedy[0]["prediction"]
     assert capsys.readouterr().out.endswith(f"\n(cut at --max_new_tokens {full})\n")
     rows = ask(max_samples=1, max_new_tokens=4)
     assert rows[0]["cut"] and tokenizer(rows[0]["prediction"]).input_ids == tokenizer("8*14 makes").input_ids
@@ -402,36 +406,35 @@ def test_a_file_of_answers_has_rows_references_scores_and_a_summary(tmp_path, ca
     assert [row["reference"] for row in found] == [row["answer"] for row in rows]
     assert [row["score"] for row in found] == [1, 1, 1, 0, 0, 0]
     assert all(set(row) == {"index", "messages", "prediction", "cut", "tokens", "reference", "score"} for row in found)
-    assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "summary.json"}
+    assert {p.name for p in out.iterdir()} == {"answers.jsonl", "predictions.jsonl", "summary.json"}
     summary = json.loads((out / "summary.json").read_text())
     tokens = [len(tokenizer(row["prediction"], add_special_tokens=False).input_ids) for row in found]
     assert [row["tokens"] for row in found] == tokens
-    assert summary["mean"] == 0.5 and summary["standard_error"] == pytest.approx(math.sqrt(6 * 0.25 / 5 / 6))
-    assert (summary["rows"], summary["answered"], summary["cut"], summary["score"]) == (6, 6, 0, "exact")
-    assert summary["tokens"] == sum(tokens) and summary["settings"]["max_new_tokens"] == 40
+    assert summary["score"] == {"mean": 0.5, "standard_error": pytest.approx(math.sqrt(6 * 0.25 / 5 / 6))}
+    assert (summary["rows"], summary["answered"], summary["cut"]) == (6, 6, 0) and summary["tokens"] == sum(tokens)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "generate.py  data/tiny/model + no adapter    cpu  float32  template alpaca"
-    assert re.fullmatch(rf"6 answers, {sum(tokens)} new tokens in [\d.]+ s, [\d,]+ tok/s", said[-3])
-    assert said[-2:] == ["exact 50.0% +- 22.4% (3 of 6)", f"wrote {out}/predictions.jsonl"]
+    assert said[-4] == f"6 answers, {sum(tokens)} tokens"
+    assert said[-3] == "exact 50.00% +- 22.36% of 6 rows"
+    assert said[-2:] == [
+        "0 cut at --max_new_tokens 40, 0 rows left out",
+        f"wrote {out}/predictions.jsonl and summary.json",
+    ]
 
 
 def test_the_base_model_knows_the_numbers_but_not_the_form(capsys):
     flexible = generate(data_path=str(DATA), max_samples=24, max_new_tokens=60, score="gsm8k_flexible")
     strict = generate(data_path=str(DATA), max_samples=24, max_new_tokens=60, score="gsm8k_strict")  # the same answers
-    assert flexible["mean"] > 0.3 and strict["mean"] == 0 == strict["standard_error"]
-    assert "gsm8k_strict 0.0% +- 0.0% (0 of 24)\n" in capsys.readouterr().out
+    assert flexible["score"]["mean"] > 0.3 and strict["score"] == {"mean": 0, "standard_error": 0}
+    assert "gsm8k_strict 0.00% +- 0.00% of 24 rows\n" in capsys.readouterr().out
     for row in answers():
         assert row["score"] == 0 and "####" not in row["prediction"]
 
 
 def test_the_lines_of_a_text_file_are_prompts(tmp_path, seen):
-    text = "\ufeffAdd 2 and 3.\r\n\r\n  \r\nOne\u2028line\x0c\nlast"
     path = tmp_path / "prompts.txt"
-    path.write_bytes(text.encode())
-    lines = ["Add 2 and 3.", "One\u2028line\x0c", "last"]
-    conversations = [[{"role": "user", "content": line}] for line in lines]
-    assert [item["messages"] for item in read_prompts(str(path), "\n", 0)] == conversations
-    assert [item["messages"] for item in read_prompts(str(path), "\n", 2)] == conversations[:2]
+    path.write_text("Add 2 and 3.\n\nlast\n")
+    conversations = [[{"role": "user", "content": line}] for line in ("Add 2 and 3.", "last")]
     rows = ask(data_path=str(path), max_new_tokens=2)
     assert [row["messages"] for row in rows] == conversations
     assert all(set(row) == {"index", "messages", "prediction", "cut", "tokens"} for row in rows)
@@ -447,7 +450,6 @@ def test_every_form_of_row_becomes_the_prompt_that_it_was_trained_with(tmp_path,
             [user("Count.\n\n### Input:\na b")],
             "2",
         ),
-        ({"instruction": "Hi", "output": "x", "history": [["a", "b"]]}, [user("a"), said("b"), user("Hi")], "x"),
         ({"messages": [user("1?"), said("1"), user("2?"), said("2")]}, [user("1?"), said("1"), user("2?")], "2"),
         ({"messages": [user("1?"), said("1"), user("2?")]}, [user("1?"), said("1"), user("2?")], None),
         (
@@ -455,7 +457,7 @@ def test_every_form_of_row_becomes_the_prompt_that_it_was_trained_with(tmp_path,
             [{"role": "system", "content": "Brief."}, user("q")],
             "a",
         ),
-        ({"prompt": [user("q")], "extra_info": {"answer": "#### 4"}}, [user("q")], "#### 4"),
+        ({"question": "q", "answer": "#### 4"}, [user("q")], "#### 4"),
     ]
     path = write(tmp_path / "rows.jsonl", *[row for row, _, _ in forms])
     rows = ask(data_path=path, max_new_tokens=1, micro_batch_size=1)
@@ -472,53 +474,27 @@ def test_a_prompt_and_its_input_are_an_alpaca_row(seen):
     assert seen[1] == prompt_ids([{"role": "user", "content": "Count.\na b"}], "chatml")
 
 
-def test_of_a_folder_the_test_files_are_answered():
-    rows = ask(data_path=str(DATA.parent), max_samples=3, max_new_tokens=1)
-    assert [row["reference"] for row in rows] == [row["answer"] for row in TEST_ROWS[:3]]
-
-
-def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_path, monkeypatch, capsys):
-    good = json.dumps({"question": "Add 2 and 3.", "answer": "#### 5"}).encode()
+def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(monkeypatch, tmp_path, capsys):
     tool = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}
-    lines = [good, b'{"question": ', b"[1]", b'{"question": 5}', b'{"text": "q"}', b'{"question": "\xff"}', b"", good]
-    lines += [json.dumps({"question": "word " * 300}).encode(), json.dumps(tool).encode(), good]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    summary = generate(data_path="a.jsonl", score="gsm8k_flexible", max_new_tokens=20)
-    rows = answers()
-    assert [row["index"] for row in rows] == list(range(10))
-    assert [i for i, row in enumerate(rows) if "prediction" in row] == [0, 6, 9] and summary["answered"] == 3
-    errors = [row["error"] for row in rows if "error" in row]
-    assert [e.partition(": ")[0] for e in errors[:5]] == [f"a.jsonl, line {n}" for n in (2, 3, 4, 5, 6)]
-    for error, what in zip(errors, ["not valid JSON", "must be an object", "no text in", "known forms", "utf-8"]):
-        assert what in error
-    assert re.match(
-        r"row 8 of a.jsonl: 12\d\d tokens of prompt and --max_new_tokens 20 are more than the 1024", errors[5]
-    )
-    assert re.match("row 9 of a.jsonl: the chat template cannot render .*'tool'", errors[6])
+    good = {"question": "Add 2 and 3.", "answer": "#### 5"}
+    rows = [good, {"question": 5}, {"text": "q"}, good, {"question": "word " * 300}, tool, {"question": "q"}, good]
+    rows.append({"instruction": "q", "history": [["a", "b"]]})
+    path = write(tmp_path / "a.jsonl", *rows)
+    summary = generate(data_path=path, score="gsm8k_flexible", max_new_tokens=20)
+    found = answers()
+    assert [row["index"] for row in found] == list(range(9)) and summary["rows"] == 9
+    assert [i for i, row in enumerate(found) if "prediction" in row] == [0, 3, 7] and summary["answered"] == 3
+    errors = [row["error"] for row in found if "error" in row]
+    for error, what in zip(
+        errors,
+        ["data/prepare.py", "data/prepare.py", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
+        + ["data/prepare.py"],
+        strict=True,
+    ):
+        assert re.search(what, error), (what, error)
     said = capsys.readouterr().out
-    assert "  left out a.jsonl, line 2: not valid JSON" in said
-    assert "7 of 10 rows could not be answered and are not in the score\ngsm8k_flexible" in said
-    again = generate(data_path="a.jsonl", max_new_tokens=20)  # the record of what is wrong is not asked again
-    assert again == summary | {"settings": again["settings"]} and answers() == rows
-
-
-@pytest.mark.parametrize(
-    "name, text, wrong",
-    [
-        ("a.csv", 'question,answer\nA?,1\n"B, b?",2\nC, c?,3\n', ["a.csv, line 4: more cells than the header has"]),
-        ("a.json", '[{"question": "A?"},\n3,\n{"question": "B?"}]', ["a.json, line 2: a row must be an object"]),
-    ],
-)
-def test_other_files_may_hold_a_bad_row_too(tmp_path, name, text, wrong):
-    (tmp_path / name).write_text(text)
-    items = read_prompts(str(tmp_path / name), "\n", 0)
-    assert [
-        item["error"].removeprefix(f"{tmp_path}/")[: len(w)]
-        for item, w in zip(items[-2:], wrong * 2)
-        if "error" in item
-    ] == wrong
-    assert sum("messages" in item for item in items) == 2
+    assert "  left out row 2: not alpaca" in said and "6 rows left out\n" in said
+    assert generate(data_path=path, score="gsm8k_flexible", max_new_tokens=20) == summary and answers() == found
 
 
 # -----------------------------------------------------------------------------
@@ -548,35 +524,34 @@ MODES = [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 100}, {"num_beams": 2},
 
 
 @pytest.mark.parametrize("flags", MODES, ids=str)
-def test_a_run_that_dies_goes_on_and_ends_as_if_it_had_not(monkeypatch, stop_after, capsys, flags):
+def test_a_run_that_dies_goes_on_and_ends_as_if_it_had_not(monkeypatch, stop_after, flags):
     flags = {"data_path": str(DATA), "max_samples": 14, "max_new_tokens": 20, "micro_batch_size": 4} | flags
     generate(output_dir="whole", **flags)
     stop_after(3)
     with pytest.raises(RuntimeError, match="power cut"):
         generate(output_dir="stopped", **flags)
-    assert {path.name for path in Path("stopped").iterdir()} == {"predictions.jsonl.incomplete"}
-    log = Path("stopped/predictions.jsonl.incomplete")
-    assert len(log.read_text().splitlines()) == 1 + 8
+    assert {path.name for path in Path("stopped").iterdir()} == {"answers.jsonl"}
+    log = Path("stopped/answers.jsonl")
+    assert len(log.read_text().splitlines()) == 1 + 2  # the settings, and two batches
     with open(log, "a") as file:
-        file.write(log.read_text().splitlines()[-1] + '\n{"index": 3, "predic')  # torn, and not a whole batch
+        file.write('[{"index": 3, "predic')  # torn
     stop_after(None)
     asked, real = [], script.answer_batch
     monkeypatch.setattr(script, "answer_batch", lambda *args: asked.append(len(args[1])) or real(*args))
-    capsys.readouterr()
     generate(output_dir="stopped", **flags)
-    assert asked == [4, 2] and "8 of 14 answers were there already" in capsys.readouterr().out
-    assert Path("stopped/predictions.jsonl").read_bytes() == Path("whole/predictions.jsonl").read_bytes()
-    assert {path.name for path in Path("stopped").iterdir()} == {"predictions.jsonl", "summary.json"}
+    assert asked == [4, 2]
+    for name in ("predictions.jsonl", "summary.json", "answers.jsonl"):
+        assert Path("stopped", name).read_bytes() == Path("whole", name).read_bytes()
 
 
 CHANGES = [
-    ({"temperature": 0.5}, "temperature 0.0 -> 0.5"),
-    ({"max_new_tokens": 9}, "max_new_tokens 8 -> 9"),
-    ({"micro_batch_size": 5}, "micro_batch_size 4 -> 5"),
-    ({"seed": 1}, "seed 42 -> 1"),
+    ({"temperature": 0.5}, "temperature"),
+    ({"max_new_tokens": 9}, "max_new_tokens"),
+    ({"micro_batch_size": 5}, "micro_batch_size"),
+    ({"seed": 1}, "seed"),
     ({"max_samples": 9}, "prompts"),
     ({"prompt_template": "chatml"}, "prompts"),
-    ({"dtype": "bfloat16"}, "dtype float32 -> bfloat16"),
+    ({"dtype": "bfloat16"}, "dtype"),
     ({"lora": True}, "adapter"),
     ({"data": True}, "prompts"),
     ({"model": True}, "model"),
@@ -584,7 +559,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_other_settings_never_mix(tmp_path, monkeypatch, stop_after, adapter, finished):
+def test_other_settings_never_mix(tmp_path, no_model, stop_after, adapter, finished):
     data = write(tmp_path / "data.jsonl", *TEST_ROWS[:10])
     model = make_base(tmp_path / "model")
     flags = {"data_path": data, "base_model": model, "max_new_tokens": 8, "micro_batch_size": 4}
@@ -595,7 +570,7 @@ def test_other_settings_never_mix(tmp_path, monkeypatch, stop_after, adapter, fi
         with pytest.raises(RuntimeError):
             generate(**flags)
     before = {path.name: path.read_bytes() for path in Path("out/generate").iterdir()}
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+    no_model()
     for change, said in CHANGES:
         changed = flags | change
         if changed.pop("lora", None):
@@ -605,39 +580,30 @@ def test_other_settings_never_mix(tmp_path, monkeypatch, stop_after, adapter, fi
         if changed.pop("model", None):
             weights = load_file(f"{model}/model.safetensors")
             weights["model.norm.weight"] += 1
-            shutil.copytree(model, tmp_path / "other")
-            save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-            changed["base_model"] = str(tmp_path / "other")
-        with pytest.raises(ValueError, match=rf"other settings \({said}\): .*--overwrite"):
+            save_file(weights, f"{model}/model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"begun with other {said}: --overwrite it"):
             generate(**changed)
         assert {path.name: path.read_bytes() for path in Path("out/generate").iterdir()} == before
-    if finished:  # the same model in another place is the same
-        assert generate(**(flags | {"base_model": str(shutil.move(model, tmp_path / "moved"))}))["answered"] == 10
 
 
-def test_a_finished_file_is_scored_again_but_not_answered_again(tmp_path, monkeypatch, capsys):
+def test_a_finished_file_is_scored_again_but_not_answered_again(no_model):
     flags = {"data_path": str(DATA), "max_samples": 12, "max_new_tokens": 40}
     first = generate(**flags, score="gsm8k_flexible")
     kept = Path("out/generate/predictions.jsonl").read_bytes()
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
-    assert generate(**flags) == first and Path("out/generate/predictions.jsonl").read_bytes() == kept
-    assert "was finished already: --overwrite answers it again" in capsys.readouterr().out
+    no_model()
     other = generate(**flags, score="rouge")
-    assert set(other["means"]) == {"rouge1", "rouge2", "rougeL"} and other["mean"] == other["means"]["rougeL"]
+    assert other["score"] == other["rougeL"] and {"rouge1", "rouge2"} <= set(other)
     assert other["tokens"] == first["tokens"]
     assert generate(**flags, score="gsm8k_flexible") == first
     assert Path("out/generate/predictions.jsonl").read_bytes() == kept
 
 
-def test_what_is_not_this_scripts_is_not_replaced(tmp_path):
+def test_what_is_not_this_scripts_is_not_replaced():
     Path("mine").mkdir()
     Path("mine/predictions.jsonl").write_text("dear diary\n")
-    with pytest.raises(ValueError, match="mine/predictions.jsonl is there already: replace it with --overwrite"):
+    with pytest.raises(ValueError, match="mine/predictions.jsonl is not of this script: --overwrite it"):
         ask(output_dir="mine", overwrite=False)
-    Path("mine/predictions.jsonl").rename("mine/predictions.jsonl.incomplete")
-    with pytest.raises(ValueError, match="predictions.jsonl.incomplete: not a file that generate.py began"):
-        ask(output_dir="mine", overwrite=False)
-    assert Path("mine/predictions.jsonl.incomplete").read_text() == "dear diary\n"
+    assert Path("mine/predictions.jsonl").read_text() == "dear diary\n"
 
 
 def test_overwriting_leaves_the_old_answers_until_the_new_ones_are_there(stop_after):
@@ -646,16 +612,13 @@ def test_overwriting_leaves_the_old_answers_until_the_new_ones_are_there(stop_af
     with pytest.raises(RuntimeError):
         ask(micro_batch_size=3)
     assert answers() == before
-    log = Path("out/generate/predictions.jsonl.incomplete")
+    log = Path("out/generate/answers.jsonl")
     kept = log.read_bytes()
     with pytest.raises(ValueError, match="one of auto"):  # nothing is thrown away for a command that cannot run
         ask(dtype="half")
-    stop_after(1)
-    with pytest.raises(RuntimeError):
-        ask(micro_batch_size=2)
-    assert answers() == before and log.read_bytes() != kept and log.read_bytes().count(b"\n") < 2
+    assert answers() == before and log.read_bytes() == kept
     stop_after(None)
-    assert len(ask(micro_batch_size=2)) == 24 and not log.exists()
+    assert len(ask(micro_batch_size=2)) == 24
 
 
 def test_ctrl_c_says_what_is_there(monkeypatch):
@@ -667,7 +630,7 @@ def test_ctrl_c_says_what_is_there(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="6 of 12 answers are in out/generate/predictions.jsonl.incomplete: the same"):
+    with pytest.raises(SystemExit, match="what is answered is in out/generate/answers.jsonl, and the same command"):
         ask(max_samples=12, micro_batch_size=3, max_new_tokens=3)
 
 
@@ -676,8 +639,8 @@ def test_kill_9_at_any_moment_then_the_same_command(tmp_path):
     flags = ["--data_path", str(DATA), "--temperature", "0.8", "--micro_batch_size", "16", "--score", "gsm8k_flexible"]
     command = [sys.executable, str(ROOT / "generate.py"), *flags, "--output_dir"]
     subprocess.run([*command, "whole"], check=True, capture_output=True)
-    log, kills = Path("killed/predictions.jsonl.incomplete"), 0
-    for wanted in (1, 100, 250, 400):  # bytes on disk grow: killed in the middle of the file, several times
+    log, kills = Path("killed/answers.jsonl"), 0
+    for wanted in (1, 8, 16, 26):  # batches on disk grow: killed in the middle of the file, several times
         process = subprocess.Popen([*command, "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > wanted):
             time.sleep(0.01)
@@ -698,30 +661,27 @@ def test_kill_9_at_any_moment_then_the_same_command(tmp_path):
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_one_answer_is_printed_as_it_is_returned(num_beams, capsys):
     found = generate(prompt="Tom has 6 boxes with 7 coins in each.", num_beams=num_beams, max_new_tokens=60)
-    assert len(found["answer"]) > 10 and not found["cut"]
-    said = capsys.readouterr().out.split("\n", 1)[1]
-    assert said.endswith(f"\n> Tom has 6 boxes with 7 coins in each.\n{found['answer']}\n")
+    assert len(found) > 10
+    assert capsys.readouterr().out.endswith(f"\n> Tom has 6 boxes with 7 coins in each.\n{found}\n")
     assert not list(Path().rglob("*"))
 
 
-def test_without_any_flag_the_furthest_model_of_the_default_answers(tmp_path, adapter, capsys, greedy):
+def test_without_any_flag_the_adapter_of_the_last_default_stage_answers(adapter, capsys):
     def used():
-        answer = generate()["answer"]
+        answer = generate(max_new_tokens=30)
         return answer, re.match(r"generate.py  (.*?)    ", capsys.readouterr().out)[1]
 
-    assert used() == (greedy[0]["prediction"], "data/tiny/model + no adapter")
+    plain, name = used()
+    assert name == "data/tiny/model + no adapter"
     Path("out/finetune/adapter").mkdir(parents=True)  # as a run leaves it that died early
-    assert used() == (greedy[0]["prediction"], "data/tiny/model + no adapter")
+    assert used() == (plain, name)
     shutil.copytree(adapter, "out/finetune/adapter", dirs_exist_ok=True)
     answer, name = used()
-    assert answer != greedy[0]["prediction"] and name == "data/tiny/model + out/finetune/adapter"
+    assert answer != plain and name == f"{BASE} + out/finetune/adapter"
     other = make_adapter("out/ppo_gsm8k/adapter", r=2)
     answer, name = used()
-    assert answer == generate(lora_weights=other)["answer"] and name == "data/tiny/model + out/ppo_gsm8k/adapter"
-    rename_base(other, "Qwen/Qwen2.5-0.5B")  # a run on another model is not the default's
-    capsys.readouterr()
-    assert used()[1] == "data/tiny/model + out/finetune/adapter"
-    assert generate(base_model=str(BASE))["answer"] == greedy[0]["prediction"]
+    assert name == f"{BASE} + out/ppo_gsm8k/adapter" and answer == generate(lora_weights=other, max_new_tokens=30)
+    assert generate(base_model=str(BASE), max_new_tokens=30) == plain
 
 
 def rename_base(folder, name):
@@ -730,49 +690,17 @@ def rename_base(folder, name):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
 
 
-def test_a_hub_models_fingerprint_is_its_commit(tmp_path, monkeypatch):
-    shutil.copytree(BASE, tmp_path / "copy")
-    assert script.fingerprint(str(BASE)) == script.fingerprint(str(tmp_path / "copy"))
-    (tmp_path / "copy" / "config.json").write_text("{}")
-    assert script.fingerprint(str(BASE)) != script.fingerprint(str(tmp_path / "copy"))
-    cached = lambda name, file: str(tmp_path / "models--some--model" / "snapshots" / "0123abcd" / file)
-    monkeypatch.setattr(script.transformers.utils, "cached_file", cached)
-    assert script.fingerprint("some/model") == "0123abcd"
-
-
 def test_an_adapter_names_its_base(tmp_path, adapter, capsys):
     shutil.copytree(adapter, tmp_path / "adapter")
     folder, asked = str(tmp_path / "adapter"), {"prompt": "Hi", "max_new_tokens": 1}
     generate(lora_weights=folder, **asked)
     assert f"generate.py  {BASE} + {folder} " in capsys.readouterr().out
-    for name in (str(BASE), "data/tiny/model", "data/tiny/../tiny/model"):  # one place by several names
-        rename_base(folder, name)
-        generate(base_model="data/tiny/model", lora_weights=folder, **asked)
-        assert "note" not in capsys.readouterr().out
     rename_base(folder, "gone/far/away")
-    generate(base_model="data/tiny/model", lora_weights=folder, **asked)
-    assert "  note     the adapter was trained on gone/far/away: it may" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was trained on gone/far/away, which is not there: give --base_model"):
+    with pytest.raises(ValueError, match="gone/far/away: no such file or folder, and no id of the hub"):
         generate(lora_weights=folder)
     rename_base(folder, None)
-    with pytest.raises(ValueError, match="it does not name its base model: give --base_model"):
+    with pytest.raises(ValueError, match="no adapter that names its base"):
         generate(lora_weights=folder)
-
-
-def test_the_commands_of_servers_name_all_they_need(tmp_path, adapter, capsys):
-    def commands(**flags):
-        generate(prompt="Hi", max_new_tokens=1, **flags)
-        return re.findall("  serve    (.*)", capsys.readouterr().out)
-
-    vllm, other = commands()
-    assert vllm == "vllm serve data/tiny/model --chat-template templates/alpaca.jinja" and "template" in other
-    own = make_base(tmp_path / "base", chat_template="{{ messages[0].content }}")
-    assert commands(base_model=own) == [f"vllm serve {own}", f"transformers serve {own}"]
-    vllm, other = commands(lora_weights=adapter)
-    assert f"{BASE} --enable-lora --max-lora-rank 8 --lora-modules adapter={adapter} --chat-template" in vllm
-    assert other.endswith(f"--lora_weights {adapter} --output_dir out/export && transformers serve out/export")
-    dora = commands(lora_weights=make_adapter(tmp_path / "dora", use_dora=True))
-    assert dora[0].startswith("python export_hf_checkpoint.py") and dora[1] == "vllm serve out/export"
 
 
 @pytest.fixture
@@ -795,7 +723,7 @@ def typed(monkeypatch):
 
 def test_a_chat_remembers_its_turns(typed, seen, capsys):
     typed("  Count to 3. ", "", "And to 4?", "/new", "Hello", "/exit", "never read")
-    messages = generate(chat=True, prompt="Hi", max_new_tokens=6)["messages"]
+    messages = generate(chat=True, prompt="Hi", max_new_tokens=6)
     assert [m["content"] for m in messages if m["role"] == "user"] == ["Hello"]
     said = capsys.readouterr().out
     answers = [tokenizer.decode(ids) for ids in seen]
@@ -804,22 +732,22 @@ def test_a_chat_remembers_its_turns(typed, seen, capsys):
     assert seen[0] == prompt_ids(first) and seen[3] == prompt_ids([{"role": "user", "content": "Hello"}])
     reply = answers[1].partition("### Response:\n")[2].partition("<|endoftext|>")[0]
     second = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": "Count to 3."}]
-    assert seen[1] == prompt_ids(second) and reply in said and "> Hi\n" in said
+    assert seen[1] == prompt_ids(second) and reply in said
     assert answers[2].count("### Instruction:") == 3 and "(cut at --max_new_tokens 6)" in said
 
 
 def test_a_chat_survives_what_goes_wrong_in_it(typed, seen, monkeypatch, capsys):
     typed("word " * 300, "Add 2 and 3.", KeyboardInterrupt())
-    messages = generate(chat=True, max_new_tokens=20)["messages"]
+    messages = generate(chat=True, max_new_tokens=20)
     said = capsys.readouterr().out
-    assert "error: 12" in said and "are more than the 1024 positions of the model: shorten one of them, or /new" in said
+    assert "error: 12" in said and "exceed the 1024 positions, or /new" in said
     assert [m["content"] for m in messages if m["role"] == "user"] == ["Add 2 and 3."] and len(seen) == 1
 
 
 def test_an_answer_comes_in_pieces_each_longer_and_without_half_characters(base):
     config = script.to_generation_config([END], **SAMPLING)
     ids = prompt_ids([{"role": "user", "content": TEST_ROWS[0]["question"]}])
-    pieces = [text for text, _ in script.stream_answer(base, tokenizer, ids, config, [END])]
+    pieces = [text for text, _ in script.stream_answer(base, tokenizer, ids, config)]
     assert len(pieces) > 10 and all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
     assert pieces[-1] == expected(base, [{"role": "user", "content": TEST_ROWS[0]["question"]}])[0]
 
@@ -841,9 +769,8 @@ def test_bytes_of_one_character_are_shown_together(base, monkeypatch):
 
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     config = script.to_generation_config([END], **SAMPLING)
-    pieces = list(script.stream_answer(base, tokenizer, [5, 6], config, [END]))
+    pieces = list(script.stream_answer(base, tokenizer, [5, 6], config))
     assert pieces[-1] == ("é 漢 😀!", False) and not any("\ufffd" in text for text, _ in pieces)
-    assert {"é", "é 漢", "é 漢 😀"} <= {text for text, _ in pieces}
 
 
 def test_a_stream_that_is_closed_or_fails_ends_its_thread(base, monkeypatch):
@@ -851,13 +778,13 @@ def test_a_stream_that_is_closed_or_fails_ends_its_thread(base, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *args, **kw: steps.append(1) or real(*args, **kw))
     config = script.to_generation_config([], **SAMPLING | {"max_new_tokens": 900})
     before = threading.active_count()
-    stream = script.stream_answer(base, tokenizer, [5, 6], config, [])
+    stream = script.stream_answer(base, tokenizer, [5, 6], config)
     next(stream)
     stream.close()
     assert len(steps) < 800 and threading.active_count() == before
     monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *args, **kw: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(script.stream_answer(base, tokenizer, [5, 6], config, []))
+        list(script.stream_answer(base, tokenizer, [5, 6], config))
     assert threading.active_count() == before
 
 
@@ -865,87 +792,41 @@ def test_a_stream_that_is_closed_or_fails_ends_its_thread(base, monkeypatch):
 # the validation rows of a fine-tuning run
 
 
-@pytest.fixture(scope="module")
-def finetuned(tmp_path_factory):
-    """The folder of a run of finetune.py on 40 rows, 12 of them held out, with a template that is not the default."""
+def test_a_run_gives_its_validation_rows_to_adapter_and_merged_model(tmp_path):
     import finetune
 
-    folder = tmp_path_factory.mktemp("finetuned")
-    data = write(folder / "data.jsonl", *TEST_ROWS[:40])
-    flags = {"base_model": str(BASE), "data_path": data, "val_set_size": 12, "batch_size": 4, "max_steps": 8}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        finetune.train(
-            output_dir=str(folder / "run"), prompt_template="alpaca_short", seed=7, learning_rate=5e-3, **flags
-        )
-    return folder
-
-
-def test_a_run_gives_its_validation_rows_to_adapter_and_merged_model(tmp_path, finetuned):
-    import finetune
-
-    run, flags = str(finetuned / "run"), {"max_new_tokens": 30, "score": "rouge"}
-    summary = generate(run=run, output_dir="adapter", **flags)
+    data = write(tmp_path / "data.jsonl", *TEST_ROWS[:40])
+    run = str(tmp_path / "run")
+    flags = {"data_path": data, "val_set_size": 12, "batch_size": 4, "max_steps": 8, "prompt_template": "alpaca_short"}
+    finetune.train(output_dir=run, seed=7, learning_rate=5e-3, **flags)
+    flags = {"data_path": f"{run}/validation.jsonl", "max_new_tokens": 30, "score": "rouge"}
+    summary = generate(lora_weights=f"{run}/adapter", output_dir="adapter", **flags)
     rows = answers("adapter")
-    held_out = finetune.split_rows(40, 12, 7)[1]
-    assert [row["index"] for row in rows] == held_out
-    assert [row["messages"][0]["content"] for row in rows] == [TEST_ROWS[i]["question"] for i in held_out]
-    assert [row["reference"] for row in rows] == [TEST_ROWS[i]["answer"] for i in held_out]
-    assert summary["lora_weights"] == f"{run}/adapter" and 0 < summary["mean"] < 1
+    questions = [row["question"] for row in TEST_ROWS[:40]]
+    assert len(rows) == 12 and {row["messages"][0]["content"] for row in rows} <= set(questions)
+    assert all(row["reference"] == TEST_ROWS[questions.index(row["messages"][0]["content"])]["answer"] for row in rows)
+    assert 0 < summary["score"]["mean"] < 1
 
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     PeftModel.from_pretrained(model, f"{run}/adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(f"{run}/adapter").save_pretrained(tmp_path / "merged")
-    merged = generate(run=run, base_model=str(tmp_path / "merged"), output_dir="merged", **flags)
-    assert merged["lora_weights"] == "" and texts(answers("merged")) == texts(rows)
-    base = generate(run=run, base_model=str(BASE), output_dir="base", **flags)  # the run's template, not the default
-    assert base["mean"] != summary["mean"]
+    generate(base_model=str(tmp_path / "merged"), output_dir="merged", **flags)
+    assert texts(answers("merged")) == texts(rows)
 
 
-def test_the_template_of_a_run_is_the_base_models_too(finetuned, seen):
-    generate(run=str(finetuned / "run"), base_model=str(BASE), max_new_tokens=1)
-    conversation = answers()[0]["messages"]
-    assert prompt_ids(conversation, "alpaca_short") in seen and prompt_ids(conversation) not in seen
-
-
-def test_a_run_whose_rows_are_not_the_same_is_refused(tmp_path, finetuned, monkeypatch):
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
-    copy = tmp_path / "run"
-    shutil.copytree(finetuned / "run", copy)
-    record = json.loads((copy / "run.json").read_text())
-
-    def refused(message, flags=None, **changed):
-        (copy / "run.json").write_text(json.dumps(record | {"flags": record["flags"] | (flags or {})} | changed))
-        with pytest.raises(ValueError, match=message):
-            generate(run=str(copy))
-
-    none = record["counts"] | {"eval": {"conversations": 0}}
-    refused("held no rows out: its --val_set_size was 0", {"val_set_size": 0}, counts=none)
-    refused("gone.jsonl: no such file", {"data_path": "gone.jsonl"})
-    few = write(tmp_path / "few.jsonl", *TEST_ROWS[:30])
-    refused(
-        "the run held 12 rows out, but of 30 rows its flags take 6: the data has changed",
-        {"data_path": few, "val_set_size": 0.2},
-    )
-    refused("its run.json is not that of a fine-tuning run", counts={})
-    shutil.rmtree(copy / "adapter")
-    refused("--lora_weights .*run/adapter: no adapter there")
-    (copy / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="its run.json is not that of a fine-tuning run"):
-        generate(run=str(copy))
-
-
-def test_from_the_command_line_an_error_is_its_message_alone(tmp_path, monkeypatch):
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+def test_from_the_command_line_an_error_is_its_message_alone(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
     for flags, message in [
         (["--score", "bleu", "--data_path", "x"], "error: --score bleu: one of gsm8k_strict, gsm8k_flexible, exact"),
-        (["--data_path", str(tmp_path / "bad.txt")], "error: .*bad.txt, line 1: cannot be read: 'utf-8' codec"),
-        (["--seed", "-1"], "error: --seed -1 must not be negative"),
-        (["--temprature", "1"], "unknown flag --temprature: did you mean --temperature"),
+        (["--data_path", str(tmp_path / "bad.jsonl")], "error: .*bad.jsonl, row 1: cannot be read: 'utf-8' codec"),
+        (["--seed", "-1"], "error: .*--seed not below 0"),
+        (["--temprature", "1"], "2"),
     ]:
         monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit) as stop:
             script.run_cli(generate)
+        assert re.match(message, str(stop.value.code))
+    assert "Could not consume arg: --temprature" in capfd.readouterr().err
 
 
 # -----------------------------------------------------------------------------
@@ -979,12 +860,12 @@ def test_an_adapter_of_finetune_brings_its_template(tmp_path, seen, capsys):
     import finetune
 
     flags = {"data_path": str(DATA), "max_samples": 16, "val_set_size": 0, "batch_size": 8, "max_steps": 1}
-    flags |= {"warmup_ratio": 0.0, "base_model": "data/tiny/model"}
+    flags |= {"base_model": "data/tiny/model"}
     finetune.train(output_dir="out/finetune", prompt_template="alpaca_short", **flags)
     capsys.readouterr()
     generate(prompt="Count.", input="a b", max_new_tokens=1)
     said = capsys.readouterr().out
-    assert "+ out/finetune/adapter " in said and "template the tokenizer's own" in said
+    assert "+ out/finetune/adapter " in said and "template the model's own" in said
     generate(prompt="Count.", input="a b", max_new_tokens=1, prompt_template="vigogne")
     assert seen[0] == prompt_ids([{"role": "user", "content": "Count.\n\n### Input:\na b"}], "alpaca_short")
     assert seen[1] == prompt_ids([{"role": "user", "content": "Count.\n\n### Entrée:\na b"}], "vigogne")
@@ -1021,20 +902,20 @@ def damage(folder, kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("missing", "does not fit this base model: 1 tensors have no counterpart, .*layers.0.self_attn.q_proj.lora_A"),
-        ("renamed", "does not fit this base model: 2 tensors have no counterpart, .*layers.0.self_attn.q_proj.lora_A"),
-        ("deep", "does not fit this base model: 8 tensors have no counterpart, .*layers.4"),
-        ("shallow", "does not fit this base model: 8 tensors have no counterpart, .*layers.2"),
-        ("wide", "is damaged or does not fit this base model: (?s:.*)size mismatch.*layers.0"),
-        ("torn", "is damaged or does not fit this base model: .*incomplete metadata"),
-        ("no json", "is damaged: adapter_config.json: Expecting property name"),
-        ("peft_type", "is damaged or does not fit this base model: 'MAGIC'"),
-        ("target_modules", "is damaged or does not fit this base model: Target modules .'c_attn'. not found"),
-        ("no weights", "no adapter_config.json and adapter_model.safetensors there"),
-        ("no adapter", "no adapter there .adapter_config.json."),
+        ("missing", "does not fit this base model: .*layers.0.self_attn.q_proj.lora_A"),
+        ("renamed", "does not fit this base model: .*layers.0.self_attn.q_proj.lora_A"),
+        ("deep", "does not fit this base model: .*layers.4"),
+        ("shallow", "does not fit this base model: .*layers.2"),
+        ("wide", "does not fit this base model: (?s:.*)size mismatch.*layers.0"),
+        ("torn", "does not fit this base model: .*incomplete metadata"),
+        ("no json", "does not fit this base model: .*"),
+        ("peft_type", "does not fit this base model: 'MAGIC'"),
+        ("target_modules", "does not fit this base model: Target modules .'c_attn'. not found"),
+        ("no weights", "does not fit this base model: No such file"),
+        ("no adapter", "does not fit this base model: .*"),
     ],
 )
-@pytest.mark.filterwarnings("error:Found missing")  # peft names every key; the refusal names three
+@pytest.mark.filterwarnings("ignore:Found missing")
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, adapter, kind, message):
     folder = tmp_path / "adapter"
     shutil.copytree(adapter, folder)
@@ -1046,8 +927,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, adapter, kind, messag
 
 @pytest.mark.parametrize("bits, kind", [("load_in_8bit", "Linear8bitLt"), ("load_in_4bit", "Linear4bit")])
 def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
-    models, real = [], script.load_base
-    monkeypatch.setattr(script, "load_base", lambda *args: models.append(real(*args)) or models[-1])
+    models, real = [], script.answer_batch
+    monkeypatch.setattr(script, "answer_batch", lambda model, *args: models.append(model) or real(model, *args))
     for flags, whole in (({}, ask(max_samples=8)), ({"lora_weights": adapter}, None)):
         rows = ask(max_samples=8, **{bits: True}, **flags)
         assert {type(m).__name__ for n, m in models[-1].named_modules() if n.endswith("up_proj")} == {kind}
@@ -1062,51 +943,38 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"prompt": "a", "data_path": "b"}, "--prompt and --data_path: give one of them"),
-        ({"input": "a"}, "--input goes with --prompt"),
-        ({"score": "exact"}, "--score needs a file: --data_path, or --run"),
+        ({"prompt": "a", "data_path": "b"}, "--prompt or --chat, --data_path, --ui: one at a time"),
+        ({"chat": True, "ui": True}, "one at a time"),
+        ({"chat": True, "data_path": "x"}, "one at a time"),
+        ({"input": "a"}, "--input with --prompt"),
+        ({"score": "exact"}, "--score, --overwrite and --max_samples go with --data_path"),
+        ({"overwrite": True}, "--score, --overwrite and --max_samples go with --data_path"),
+        ({"max_samples": 4}, "--score, --overwrite and --max_samples go with --data_path"),
         ({"score": "gsm8k", "data_path": str(DATA)}, "--score gsm8k: one of gsm8k_strict"),
-        ({"output_dir": "x", "overwrite": True}, "--overwrite and --output_dir needs a file"),
-        ({"output_dir": str(DATA), "data_path": str(DATA)}, "--output_dir .* cannot be made: .*File exists"),
-        ({"chat": True, "ui": True}, "--chat and --ui: one at a time"),
-        ({"chat": True, "data_path": "x"}, "--chat and --run or --data_path: one at a time"),
-        ({"prompt": "a", "run": "x"}, "--prompt and --run or --data_path: one at a time"),
-        ({"run": "nowhere"}, "--run nowhere: no run.json there"),
-        ({"max_samples": 4}, "--max_samples 4 goes with --data_path"),
-        ({"host": "0.0.0.0"}, "--host, --port and --password belong to a page: --ui"),
-        ({"score": "no.py:f", "data_path": str(DATA)}, "--score no.py:f: there is no file no.py"),
-        ({"temperature": -1.0}, "--temperature and --top_k must not be negative"),
-        ({"temperature": math.nan}, "--temperature and --top_k must not be negative"),
-        ({"temperature": math.inf}, "--temperature and --top_k must not be negative"),
-        ({"temperature": 1.0, "top_k": -1}, "--temperature and --top_k must not be negative"),
+        ({"score": "no.py:f", "data_path": str(DATA)}, "--score no.py:f cannot be loaded: FileNotFoundError"),
+        ({"temperature": -1.0}, "--temperature, --top_k, --seed not below 0"),
+        ({"temperature": math.nan}, "--temperature, --top_k, --seed not below 0"),
+        ({"temperature": 1.0, "top_k": -1}, "--temperature, --top_k, --seed not below 0"),
         ({"temperature": 1.0, "top_p": 0.0}, r"--top_p in \(0, 1\]"),
         ({"temperature": 1.0, "top_p": 1.1}, r"--top_p in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, "--repetition_penalty above 0"),
         ({"num_beams": 0}, "must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"micro_batch_size": 0}, "must be at least 1"),
-        ({"max_samples": -1, "data_path": str(DATA)}, "--max_samples not negative"),
-        ({"seed": 2**32}, "--seed 4294967296 must not be negative, and below"),
         ({"top_k": 5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"top_p": 0.5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"num_beams": 2, "temperature": 1.0}, "--num_beams 2 searches and --temperature 1.0 samples"),
-        ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
         ({"dtype": "half"}, "--dtype half: one of auto, bfloat16"),
-        ({"prompt": "half \udcff a character"}, "--prompt: the chat template cannot render .*half"),
-        ({"lora_weights": "nowhere"}, "--lora_weights nowhere: no adapter there"),
-        ({"base_model": "nowhere"}, "--base_model nowhere: no such folder"),
+        ({"lora_weights": "nowhere"}, "--lora_weights nowhere: no adapter"),
+        ({"base_model": "nowhere"}, "nowhere: no such file or folder, and no id of the hub"),
+        ({"base_model": str(ROOT / "data")}, "--base_model .*data"),
         ({"data_path": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"data_path": "nowhere.txt"}, "nowhere.txt: no such file"),
-        ({"prompt_template": "alpacca"}, "no such template; there are: alpaca, alpaca_short, chatml, vigogne"),
-        (
-            {"prompt": "word " * 300, "max_new_tokens": 9},
-            "--prompt: 12.. tokens of prompt and --max_new_tokens 9 .* 1024",
-        ),
+        ({"prompt_template": "alpacca"}, "no such template; there are alpaca, alpaca_short, chatml, vigogne"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bad_flags_are_refused_before_the_model_loads(monkeypatch, flags, message):
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+def test_bad_flags_are_refused_before_the_model_loads(no_model, flags, message):
+    no_model()
     with pytest.raises(ValueError, match=message):
         generate(**flags)
     assert not list(Path().rglob("*"))
@@ -1115,50 +983,31 @@ def test_bad_flags_are_refused_before_the_model_loads(monkeypatch, flags, messag
 def test_a_prompt_may_fill_the_context_to_the_last_position():
     room = 1024 - len(prompt_ids([{"role": "user", "content": "Add 2 and 3."}]))
     generate(prompt="Add 2 and 3.", max_new_tokens=room)
-    with pytest.raises(ValueError, match="more than the 1024 positions"):
+    with pytest.raises(ValueError, match="exceed the 1024 positions"):
         generate(prompt="Add 2 and 3.", max_new_tokens=room + 1)
 
 
 @pytest.mark.parametrize(
     "name, content, flags, message",
     [
-        ("a.jsonl", '\n{"question": 5}\n', {}, r"a.jsonl, line 2: no text in"),
-        ("a.json", '[{"question": "q"},\n{"question": \n', {}, r"a.json, line 3: not valid JSON"),
-        ("a.jsonl", '{"text": "q"}\n', {}, r"a.jsonl, line 1: none of the known forms"),
+        ("a.jsonl", '\n{"question": 5}\n', {}, r"a.jsonl, row 1: not alpaca .*data/prepare.py"),
+        ("a.jsonl", '{"question": "q"}\n{"question": \n', {}, r"a.jsonl, row 2: cannot be read"),
+        ("a.csv", "question,answer\nA?,1,2\n", {}, r"a.csv, row 1: not alpaca"),
         ("a.jsonl", "\n", {}, r"a.jsonl: no rows in it"),
-        ("a.txt", " \n\n", {}, r"a.txt: no rows in it"),
-        ("a.md", "hello", {}, r"a.md: not a data file"),
-        (
-            "a.jsonl",
-            '{"question": "q", "answer": "#### 1"}\n{"question": "q", "answer": "one"}\n',
-            {"score": "gsm8k_flexible"},
-            "--score gsm8k_flexible: no '#### number' to compare with in row 2",
-        ),
-        (
-            "a.jsonl",
-            '{"question": "q", "answer": "one"}\n{"question": "q"}\n',
-            {"score": "exact"},
-            "--score exact: no answer to compare with in row 2",
-        ),
-        ("a.txt", "hello\nyou\n", {"score": "exact"}, "--score exact: no answer to compare with in row 1 and 1 others"),
+        ("a.md", "hello", {}, r"a.md, row 1: cannot be read: neither json, jsonl, csv nor parquet"),
+        ("a.txt", "hello\nyou\n", {"score": "exact"}, "row 1: --score exact: the row has nothing to compare with"),
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}\n',
             {},
-            "row 1 of .*a.jsonl: the chat template cannot render .*'tool'.*: the alpaca template knows user, assistant",
+            "row 1: the chat template cannot render .*'tool'.*: the alpaca template knows user, assistant",
         ),
-        ("a.jinja", "{{ messages[0].content", {"data_path": str(DATA)}, "row 1 of .*: the chat template cannot render"),
-        (
-            "a.jinja",
-            "{{- '' -}}",
-            {"data_path": str(DATA)},
-            "row 1 of .*: the chat template makes nothing of it",
-        ),
+        ("a.jinja", "{{ messages[0].content", {"data_path": str(DATA)}, "row 1: the chat template cannot render"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_files_are_refused_before_the_model_loads(tmp_path, monkeypatch, name, content, flags, message):
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
+def test_bad_files_are_refused_before_the_model_loads(tmp_path, no_model, name, content, flags, message):
+    no_model()
     path = tmp_path / name
     path.write_text(content)
     flags = ({"prompt_template": str(path)} if path.suffix == ".jinja" else {"data_path": str(path)}) | flags
