@@ -86,7 +86,7 @@ def run_cli(fn):
     for name, text in call.items():
         hint = hints[name]
         if (hint is bool) != (text in ("True", "False")):  # what fire records for a flag that nothing follows
-            raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}: a switch is --{name} or --no{name} alone")
+            raise SystemExit(f"--{name} {text}: a switch is --{name} or --no{name} alone, others need a value")
         try:
             call[name] = text == "True" if hint is bool else hint(text)
         except ValueError:

@@ -75,7 +75,7 @@ def run_cli(fn):
     for name, text in call.items():
         hint = hints[name]
         if (hint is bool) != (text in ("True", "False")):  # what fire records for a flag that nothing follows
-            raise SystemExit(f"--{name} takes {hint.__name__}, got {text!r}: a switch is --{name} or --no{name} alone")
+            raise SystemExit(f"--{name} {text}: a switch is --{name} or --no{name} alone, others need a value")
         try:
             call[name] = text == "True" if hint is bool else hint(text)
         except ValueError:
@@ -113,8 +113,8 @@ def made_rows(like, count, seed):
     """Return `count` rows out of the embedded problems, in whose words the tiny tokenizer has few tokens.
 
     Their lengths are spread as alpaca's (most are short, a few ten times as long: a geometric number of sentences,
-    a log-normal one of lines), or as GSM8K's with Llama 2's tokenizer: 66 tokens of question and 129 of answer in
-    the mean, log-normal with sigma 0.35 and 0.43.
+    a log-normal one of lines), or as GSM8K's: some 60 tokens of question and 120 of answer, log-normal with the
+    sigmas that they have there, 0.35 and 0.43.
     """
     rng = random.Random(seed)
     sentences, lines, rows = [], [], []
@@ -124,7 +124,7 @@ def made_rows(like, count, seed):
     for _ in range(count):
         row = {}
         if like == "gsm8k":
-            asked, told = round(rng.lognormvariate(1.97, 0.35)), round(rng.lognormvariate(2.28, 0.43))
+            asked, told = round(rng.lognormvariate(1.9, 0.35)), round(rng.lognormvariate(2.2, 0.43))
         else:
             asked, told = min(12, 1 + int(rng.expovariate(0.5))), round(rng.lognormvariate(0.9, 1.1))
             row["input"] = " ".join(rng.choices(sentences, k=2)) if rng.random() < 0.4 else ""

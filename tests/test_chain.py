@@ -73,7 +73,7 @@ def test_every_form_answers_as_the_adapter_does(trained, tmp_path, stage):
     export_hf_checkpoint.export(**flags, output_dir=str(merged), gguf="f32")
     assert answers(tmp_path, base_model=str(merged)) == expected
 
-    tokenizer = finetune.load_tokenizer(str(merged))
+    tokenizer = finetune.AutoTokenizer.from_pretrained(str(merged))
     stops = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
     stops = set(stops if isinstance(stops, list) else [stops])
     rows = [json.loads(line) for line in TEST.read_text().splitlines()[:12]]

@@ -1266,7 +1266,7 @@ def test_one_base_serves_all_and_is_not_touched(kit, plain):
 
 def greedy_answers(model, kit, folder, stops=STOPS):
     """Return what generate.py answers greedily to the problems to validate on."""
-    tokenizer = generate.load_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     generate.use_template(tokenizer, "")
     rows = [json.loads(line) for line in kit.val.read_text().splitlines()]
     batch = [
@@ -1284,16 +1284,17 @@ def greedy_answers(model, kit, folder, stops=STOPS):
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=0)
     return [
         (tokenizer.decode(ids, skip_special_tokens=True), cut)
-        for ids, cut in generate.answer_batch(model, batch, config, stops)
+        for ids, cut in generate.answer_batch(model, batch, config)
     ]
 
 
 def test_the_adapter_answers_in_generate_as_it_did_here(kit, plain):
     folder = plain[0]
-    base = generate.load_base(str(kit.base), torch.float32, False, False, "cpu")
-    assert generate.stop_ids(base, generate.load_tokenizer(folder / "adapter"), str(folder / "adapter")) == STOPS
+    base = AutoModelForCausalLM.from_pretrained(str(kit.base), dtype=torch.float32)
+    carried = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert set(generate.stop_tokens(base, carried, str(folder / "adapter"))) == set(STOPS)
     base.generation_config = GenerationConfig()
-    model = generate.load_adapter(base, str(folder / "adapter")).eval()
+    model = generate.attach_adapter(base, str(folder / "adapter")).eval()
     rows = [json.loads(line) for line in (folder / "val_generations" / "step-00003.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     ends = {"", *(tokenizer.decode([stop], skip_special_tokens=True) for stop in STOPS)}  # here, it is in the text
@@ -1349,7 +1350,7 @@ VARIANTS = {
     "rloo": {"adv_estimator": "rloo", "rollout_n": 2, "loss_agg_mode": "seq-mean-token-sum"},
     "reinforce++": {"adv_estimator": "reinforce_plus_plus", "ppo_epochs": 2},
     "no kl": {"kl_coef": 0.0, "kl_loss_coef": 0.0, "kl_ctrl": "fixed", "entropy_coeff": 0.0},
-    "base alone": {"lora_weights": "", "lora_r": 2, "lora_target_modules": ["q_proj", "down_proj"]},
+    "base alone": {"lora_weights": "", "lora_r": 2, "lora_target_modules": "q_proj,down_proj"},
     "one mini-batch": {"ppo_mini_batch_size": 6, "kl_ctrl": "fixed"},
     "a response of one token": {"max_response_length": 1},
     "bfloat16": {"dtype": "bfloat16"},

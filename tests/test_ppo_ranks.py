@@ -210,8 +210,7 @@ def test_an_error_on_one_rank_ends_all_of_them(kit, tmp_path):
     flags = {"reward": f"{kit.reward}:fails_on_rank_1", "val_files": "", "test_freq": 1}
     output = finish(launch(kit, tmp_path, ranks=2, **flags), code=1)
     assert "error: the reward function failed on" in output and "RuntimeError: only here" in output
-    output = finish(launch(kit, tmp_path, ranks=2, gama=1), code=1)
-    assert "unknown flag --gama: did you mean --gamma?" in output
+    assert "Could not consume arg: --gama" in finish(launch(kit, tmp_path, ranks=2, gama=1), code=1)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(kit, tmp_path):
@@ -226,5 +225,5 @@ def test_a_fresh_process_refuses_a_bad_flag_before_it_loads_anything():
     started = time.time()
     command = [sys.executable, "ppo_gsm8k.py", "--rollout_m", "1"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert output.returncode == 1 and "did you mean --rollout_n?" in output.stderr, output.stderr
+    assert output.returncode == 2 and "Could not consume arg: --rollout_m" in output.stderr, output.stderr
     assert time.time() - started < 60
