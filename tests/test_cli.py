@@ -4,13 +4,14 @@ What `run_cli` makes of a command line, in process: no script is imported, and s
 The function is cut out of the script's text and run with the script's own imports of the standard library and fire,
 so a script that copied it without an import fails here.
 
-    python -m pytest tests/test_cli.py
+    .venv/bin/python -m pytest tests/test_cli.py
 """
 
 import ast
 import contextlib
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -56,7 +57,6 @@ def demo(
     learning_rate: float = 1e-3,
     bf16: bool = True,
     overwrite: bool = False,
-    target_modules: list[str] = ("q_proj", "v_proj"),
 ):
     """Do nothing.
 
@@ -68,14 +68,21 @@ def demo(
         learning_rate: the peak.
         bf16: compute in bfloat16; --nobf16 for float32.
         overwrite: replace what is there.
-        target_modules: which modules get an adapter.
     """
     return dict(locals())
 
 
-@functools.wraps(demo)
-def never(**flags):
-    raise AssertionError("called in spite of a mistake on the command line")
+def not_called(fn):
+    """Return a function with the flags of `fn` that fails the test when it is called."""
+
+    @functools.wraps(fn)
+    def called(**flags):
+        raise AssertionError("called in spite of a mistake on the command line")
+
+    return called
+
+
+never = not_called(demo)
 
 
 @pytest.fixture
@@ -128,14 +135,9 @@ DEFAULTS = dict(demo(base_model="m"))
         (["--output_dir", "'a' \"b\" # c"], {"output_dir": "'a' \"b\" # c"}),
         (["--output_dir", ""], {"output_dir": ""}),
         (["--output_dir="], {"output_dir": ""}),
-        (["--target_modules", "a"], {"target_modules": ["a"]}),
-        (["--target_modules", "a,b"], {"target_modules": ["a", "b"]}),
-        (["--target_modules", "[a,b]"], {"target_modules": ["a", "b"]}),
-        (["--target_modules", "[q_proj, v_proj]"], {"target_modules": ["q_proj", "v_proj"]}),
-        (["--target_modules", "['a', \"b\"]"], {"target_modules": ["a", "b"]}),
-        (["--target_modules=a,b"], {"target_modules": ["a", "b"]}),
-        (["--target_modules", ""], {"target_modules": []}),
-        (["--target_modules", "1,2"], {"target_modules": ["1", "2"]}),
+        (["--output_dir", "q_proj,v_proj"], {"output_dir": "q_proj,v_proj"}),
+        (["--output_dir", "1,2"], {"output_dir": "1,2"}),
+        (["--", "--steps", "7"], {"steps": 7}),
     ],
     ids=" ".join,
 )
@@ -150,45 +152,48 @@ def test_values(cli, args, expected):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--step", "7"], "unknown flag --step: did you mean --steps?"),
-        (["--learning-rat=1"], "unknown flag --learning_rat: did you mean --learning_rate?"),
-        (["--zzz", "1"], "unknown flag --zzz: see --help"),
-        (["--nozzz"], "unknown flag --nozzz: see --help"),
-        (["--no-bf16"], "unknown flag --no_bf16: did you mean --bf16?"),
-        (["--no"], "unknown flag --no"),
-        (["---steps", "7"], "unknown flag --_steps: did you mean --steps?"),
-        (["--output_dir", "--y"], "unknown flag --y"),
-        (["--", "steps", "7"], "unknown flag --: see --help"),
-        (["--steps", "7", "--"], "unknown flag --: see --help"),
         (["--steps", "many"], "--steps takes int, got 'many'"),
         (["--steps", "1e3"], "--steps takes int, got '1e3'"),
         (["--steps", "1.0"], "--steps takes int, got '1.0'"),
         (["--steps="], "--steps takes int, got ''"),
         (["--learning_rate", "1e-5x"], "--learning_rate takes float, got '1e-5x'"),
-        (["--bf16", "false"], "--bf16 takes no value, got 'false': write --bf16 or --nobf16"),
-        (["--bf16", "0"], "--bf16 takes no value, got '0'"),
-        (["--bf16="], "--bf16 takes no value, got ''"),
-        (["--steps"], "--steps needs a value: --steps INT"),
-        (["--steps", "--overwrite"], "--steps needs a value: --steps INT"),
-        (["--nosteps"], "--steps needs a value: --steps INT"),
-        (["--output_dir"], "--output_dir needs a value: --output_dir STR"),
-        (["--output_dir", "-"], "--output_dir needs a value"),  # fire's separator; --output_dir=- passes it
-        (["--target_modules"], "--target_modules needs a value"),
+        (["--bf16", "false"], "--bf16 .*false.*--bf16 or --nobf16"),
+        (["--bf16", "true"], "--bf16 .*true.*--bf16 or --nobf16"),
+        (["--overwrite", "0"], "--overwrite .*0.*--overwrite or --nooverwrite"),
+        (["--bf16="], "--bf16 .*--bf16 or --nobf16"),
+        (["--steps"], "--steps "),
+        (["--steps", "--overwrite"], "--steps "),
+        (["--learning_rate"], "--learning_rate "),  # float("True") is no number, but int(True) would be one
+        (["--nosteps"], "--steps "),
+        (["--output_dir"], "--output_dir "),
+        (["--output_dir", "--steps", "7"], "--output_dir "),
+        (["--output_dir", "-"], "--output_dir "),  # fire's separator; --output_dir=- passes it
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_of_a_flag(cli, args, message):
+def test_values_of_another_type_and_missing_values(cli, args, message):
     with pytest.raises(SystemExit) as stop:
         cli(*args, fn=never)
-    assert str(stop.value.code).startswith(message)
+    assert re.match(message, stop.value.code)
 
 
 @pytest.mark.parametrize(
     ("args", "named"),
     [
+        (["--step", "7"], "--step"),
+        (["--learning-rat=1"], "--learning-rat"),
+        (["--zzz", "1"], "--zzz"),
+        (["--steps", "7", "--zzz"], "--zzz"),
+        (["--nozzz"], "--nozzz"),
+        (["--no-bf16"], "--no-bf16"),
+        (["--no"], "--no"),
+        (["--output_dir", "--y"], "--y"),
+        (["--", "steps", "7"], "steps"),
+        (["--", "--trace"], "--trace"),  # after a -- fire takes flags of its own; none of these is one
+        (["--", "--interactive"], "--interactive"),
         (["stray"], "stray"),
         (["--steps", "7", "stray"], "stray"),
-        (["--target_modules", "[a,", "b]"], "b]"),  # a space that the shell split at
+        (["--output_dir", "q_proj,", "v_proj"], "v_proj"),  # a space that the shell split at
         (["--overwrite=True", "True"], "True"),
         (["-zzz", "7"], "-zzz"),
         (["-", "--steps", "7"], "--steps"),
@@ -198,7 +203,7 @@ def test_mistakes_of_a_flag(cli, args, message):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_that_fire_reports(cli, capfd, args, named):
+def test_unknown_flags_and_stray_words_are_errors_of_fire(cli, capfd, args, named):
     with pytest.raises(SystemExit) as stop:
         cli(*args, fn=never)
     assert stop.value.code == 2
@@ -239,10 +244,12 @@ def test_help_of_a_script_shows_all_that_args_says(monkeypatch, capfd, path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_script_refuses_an_unknown_flag(monkeypatch, path):
+def test_every_script_refuses_an_unknown_flag(monkeypatch, capfd, path):
     monkeypatch.setattr(sys, "argv", [path.name, "--zzz", "1"])
-    with pytest.raises(SystemExit, match="^unknown flag --zzz: see --help$"):
-        load_run_cli(path)(load_entry(path))
+    with pytest.raises(SystemExit) as stop:
+        load_run_cli(path)(not_called(load_entry(path)))
+    assert stop.value.code == 2
+    assert re.search("--zzz|required", capfd.readouterr().err.splitlines()[0])  # fire counts required flags first
 
 
 def test_message_of_the_script_alone(cli):

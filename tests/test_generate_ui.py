@@ -43,32 +43,19 @@ needs_browser = pytest.mark.skipif(
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.com", "127.0.0.2", ""])
 def test_any_host_but_this_machines_own_needs_a_password(host):
     with pytest.raises(ValueError, match=f"--host {host} lets others in: set a password, in the environment as LOOSE"):
-        check_address(host, 0, "")
+        check_address(host, "")
 
 
-def test_an_address_that_can_be_listened_on_gives_its_port():
-    for host, password in [("127.0.0.1", ""), ("localhost", ""), ("0.0.0.0", "secret")]:
-        port = check_address(host, 0, password)
-        assert 1024 < port < 2**16 and check_address(host, port, password) == port
+def test_this_machines_own_address_needs_none():
+    for host, password in [("127.0.0.1", ""), ("localhost", ""), ("::1", ""), ("0.0.0.0", "secret")]:
+        check_address(host, password)
 
 
-def test_an_address_that_cannot_be_listened_on_is_refused_before_the_model_loads(monkeypatch):
-    monkeypatch.setattr(script, "load_base", lambda *args: pytest.fail("the model was loaded"))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port} cannot be listened on: .*in use: choose"):
-            generate(ui=True, port=port)
-    for flags, message in [
-        ({"port": 70000}, "--port 70000: from 1 to 65535"),
-        ({"port": -1}, "--port -1: from 1 to 65535"),
-        ({"host": "192.0.2.1", "password": "x"}, "--host 192.0.2.1 --port 7860 cannot be listened on"),
-        ({"host": "no.such.host.invalid", "password": "x"}, "--host no.such.host.invalid --port 7860 cannot be"),
-        ({"prompt": "Hi"}, "--prompt and --ui: one at a time"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            generate(ui=True, **flags)
+def test_an_open_address_is_refused_before_the_model_loads(monkeypatch):
+    monkeypatch.delenv("LOOSELEAF_PASSWORD", raising=False)
+    monkeypatch.setattr(script.AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="--host 0.0.0.0 lets others in"):
+        generate(ui=True, host="0.0.0.0")
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
@@ -99,7 +86,7 @@ def served(tmp_path):
         said = ""
         for line in process.stdout:
             said += line
-            if found := re.search(r"^open (http://\S+) in a browser", line):
+            if found := re.search(r"Running on local URL: +(http://\S+)", line):
                 return found[1]
         pytest.fail(f"the page did not open:\n{said}")
 
@@ -142,7 +129,7 @@ def send(page, text, answer):
 
 
 def answer_of(text, **flags):
-    return generate(base_model=BASE, prompt=text, **flags)["answer"]
+    return generate(base_model=BASE, prompt=text, **flags)
 
 
 @pytest.mark.slow
@@ -158,9 +145,7 @@ def test_the_page_streams_an_answer_and_its_controls_act(served, page, tmp_path,
     ]
 
     page.goto(url)
-    page.get_by_text("Leo has 8 baskets with 14 tickets").click()  # an example goes into the box
     box = page.locator("textarea").first
-    page.wait_for_function("() => document.querySelector('textarea').value.startsWith('Leo has 8 baskets with 14')")
 
     expected = answer_of(QUESTION)
     send(page, QUESTION, expected)
@@ -173,7 +158,7 @@ def test_the_page_streams_an_answer_and_its_controls_act(served, page, tmp_path,
 
     lines = iter([QUESTION, "And with 8?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    spoken = generate(base_model=BASE, chat=True)["messages"]
+    spoken = generate(base_model=BASE, chat=True)
     assert spoken[1]["content"] == expected
     send(page, "And with 8?", spoken[3]["content"])  # the page remembers as the terminal does
 
@@ -198,9 +183,8 @@ def test_a_page_with_a_password_lets_nobody_else_in(served, page):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{url}/config")
     page.goto(url)
-    page.get_by_text("Any user name, and the password.").wait_for()
     for password, inside in (("wrong horse", False), ("correct horse", True)):
-        page.get_by_label("username").fill("anybody")
+        page.get_by_label("username").fill("looseleaf")
         page.get_by_label("password").fill(password)
         page.get_by_role("button", name="Login").click()
         if inside:
@@ -228,8 +212,10 @@ def test_an_answer_ends_with_its_stop_button_or_its_page(page):
 
     sampling = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_beams": 1}
     sampling |= {"repetition_penalty": 1.0, "seed": 0}
-    port = check_address("127.0.0.1", 0, "")
-    args = (stream, "a model", sampling, 100, ["Hi"], "127.0.0.1", port, "")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = (stream, "a model", sampling, 100, "127.0.0.1", port, "")
     threading.Thread(target=script.open_page, args=args, daemon=True).start()
     for end in (lambda: page.locator("button.stop-button").click(), page.close):
         while True:
