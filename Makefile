@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict --overwrite
-CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_docs.py
+CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_docs.py tests/test_size.py
 
 .PHONY: help demo test slow check lint format clean
 
@@ -30,7 +30,7 @@ test: .venv/installed
 # killed run leaves behind, for which the next one would wait forever
 slow: export PATH := $(CURDIR)/$(BIN):$(PATH)
 slow: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
-slow: .venv/installed-deepspeed .venv/installed-executorch .venv/installed-ui
+slow: .venv/installed-deepspeed .venv/installed-executorch .venv/installed-ui .venv/installed-notebook
 	@mkdir -p $(TORCH_EXTENSIONS_DIR) && find $(TORCH_EXTENSIONS_DIR) -name lock -type f -print -delete
 	$(BIN)/python -m pytest -m slow
 
@@ -67,4 +67,8 @@ clean:
 
 .venv/installed-ui: .venv/installed requirements-ui.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-ui.txt
+	@touch $@
+
+.venv/installed-notebook: .venv/installed requirements-notebook.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-notebook.txt
 	@touch $@
