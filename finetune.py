@@ -235,9 +235,8 @@ def encode(messages, tokenizer, end, train_on_inputs=False, add_eos_token=True):
         asked = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True).input_ids
         text = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
         stop = text.rfind(end)
-        encoding = tokenizer(text[: stop + len(end)], add_special_tokens=False, return_offsets_mapping=True)
-        ids, first = encoding.input_ids, len(asked)
-        last = sum(start < stop for start, _ in encoding.offset_mapping)  # a token belongs to where it starts
+        ids = tokenizer(text[: stop + len(end)], add_special_tokens=False).input_ids
+        first, last = len(asked), len(ids) - bool(end)  # of the answer, without the token that ends it
         if ids[:first] != asked or last < first:
             raise ValueError(
                 "the chat template does not go on from the prompt that it asks with, or the answer merges with it into "
@@ -408,7 +407,11 @@ def pack_model(model, check=True):
     if check:
         batch = transformers.BatchEncoding(pack([{"input_ids": row, "labels": row} for row in rows])).to(model.device)
         batch["logits_to_keep"], batch["labels"] = 0, None
-        packed = F.linear(model(**batch).logits[0].to(head.weight.dtype), head.weight, head.bias)  # [N, V]
+        try:
+            hidden = model(**batch).logits[0]
+        except Exception as error:  # of models that know that they cannot
+            raise ValueError(f"packed rows do not work for this model: {error}: --micro_batch_size 1") from error
+        packed = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)  # [N, V]
         gap = (packed - torch.cat(alone)).float().norm() / packed.float().norm()
         # half precision rounds, and int8 rounds activations by what else is in their batch
         exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
@@ -684,10 +687,10 @@ def train(
         except Exception as error:  # ours, and those of jinja2, of a template that raises, of text that is no Unicode
             raise ValueError(f"{data_path}, row {i + 1}: {error}") from error
         for ids, labels in encoded:
-            counts["cut"] += len(ids) > cutoff_len
             if set(labels[1:cutoff_len]) <= {IGNORE}:  # nothing predicts the first token
                 counts["left_out"] += 1
                 continue
+            counts["cut"] += len(ids) > cutoff_len
             arrays = np.array([ids, labels], np.int32)[:, :cutoff_len]
             (eval_set if i in held_out else train_set).append({"input_ids": arrays[0], "labels": arrays[1]})
     if not train_set or held_out and not eval_set:
@@ -753,27 +756,26 @@ def train(
     # 5. model
     import peft
 
-    quantization = None
-    if load_in_8bit or load_in_4bit:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_8bit=load_in_8bit,
-            load_in_4bit=load_in_4bit,
-            bnb_4bit_quant_type="nf4",  # with double quantization as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314)
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
     transformers.set_seed(seed)
-    targets = re.findall(r"[\w.-]+", lora_target_modules)
-    lora = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=targets if targets != ["all-linear"] else "all-linear",
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-    )
+    quantization, targets = None, re.findall(r"[\w.-]+", lora_target_modules)
     try:
+        if load_in_8bit or load_in_4bit:
+            quantization = transformers.BitsAndBytesConfig(
+                load_in_8bit=load_in_8bit,
+                load_in_4bit=load_in_4bit,
+                bnb_4bit_quant_type="nf4",  # with double quantization as in QLoRA (Dettmers et al. 2023, 2305.14314)
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            target_modules=targets if targets != ["all-linear"] else "all-linear",
+            r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
         model, info = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, quantization_config=quantization, output_loading_info=True
         )
@@ -782,8 +784,8 @@ def train(
         # adapters in float32 next to a half-precision base, except where DeepSpeed owns the dtype
         model = peft.get_peft_model(model, lora, autocast_adapter_dtype=not zero3)
     except Exception as error:  # of transformers, safetensors and peft
-        raise ValueError(f"--base_model {base_model} or --lora_target_modules {targets}: {error!s:.500}") from error
-    lost = set(targets) - {name.rpartition(".")[2] for name in model.targeted_module_names} - {"all-linear"}
+        raise ValueError(f"--base_model {base_model}, its --load_in or --lora flags: {error!s:.500}") from error
+    lost = set(targets) - {name.rpartition(".")[2] for name in model.targeted_module_names} - {lora_target_modules}
     if lost or info["missing_keys"]:
         raise ValueError(f"--base_model {base_model} has no {', '.join(sorted([*lost, *info['missing_keys']]))}")
     model.config.use_cache = False

@@ -18,6 +18,7 @@ The padded recipe is alpaca-lora's (DataCollatorForSeq2Seq, the model's own loss
 import functools
 import gc
 import json
+import logging
 import math
 import os
 import random
@@ -30,6 +31,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import get_type_hints
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported, it asks for an optional package
 
 import fire
 import numpy as np
@@ -264,7 +267,7 @@ def trl_trainer(side, model, tokenizer, examples, settings):
     )
 
 
-def measure_side(side, folder, **sizes):
+def measure_recipe(side, folder, **sizes):
     """Train one side in this process, and return what its Meter took down."""
     meter = Meter()
     if side == OURS:
@@ -290,8 +293,8 @@ def trl_python():
 
 
 def run_side(python, **job):
-    """Return `measure_side(**job)` of a process of its own: what one side leaves behind is not the other's."""
-    code = "import json, sys, sft; print(json.dumps(sft.measure_side(**json.loads(sys.argv[1]))))"
+    """Return `measure_recipe(**job)` of a process of its own: what one side leaves behind is not the other's."""
+    code = "import json, sys, sft; print(json.dumps(sft.measure_recipe(**json.loads(sys.argv[1]))))"
     done = subprocess.run(
         [python, "-c", code, json.dumps(job)],
         cwd=ROOT / "benchmarks",
