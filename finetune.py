@@ -133,7 +133,6 @@ def load_rows(source):
         if path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
             with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         elif path.suffix == ".json":
@@ -237,7 +236,7 @@ def encode(messages, tokenizer, end, train_on_inputs=False, add_eos_token=True):
         stop = text.rfind(end)
         ids = tokenizer(text[: stop + len(end)], add_special_tokens=False).input_ids
         first, last = len(asked), len(ids) - bool(end)  # of the answer, without the token that ends it
-        if ids[:first] != asked or last < first:
+        if stop < 0 or ids[:first] != asked or last < first:
             raise ValueError(
                 "the chat template does not go on from the prompt that it asks with, or the answer merges with it into "
                 f"other tokens: it asks with {tokenizer.decode(asked[-9:])!r} and tells {text[-200:]!r}. Take the "
@@ -291,14 +290,15 @@ class MicroBatches:
                 yield longest_first[part::parts].tolist()
 
 
-def pack(examples):
+def pack(examples, packed=True):
     """Collate examples [{"input_ids": [T], "labels": [T]}] end to end into one row.
 
     Returns what transformers' flattening collator does (input_ids, position_ids [1, N], the latter from 0 in each
     example; cu_seq_lens_q, where each starts; max_length_q), and for the L positions that predict a label
     logits_to_keep [L] and labels [1, L], which Trainer counts as shift_labels. No examples: two tokens, no label.
+    Without `packed`, for one example, nothing that tells a model of several.
     """
-    flatten = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    flatten = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=packed, return_position_ids=packed)
     batch = flatten(examples or [{"input_ids": [0, 0], "labels": [IGNORE, IGNORE]}])
     positions = batch["labels"][0, 1:].ne(IGNORE).nonzero()[:, 0]
     labels = batch["labels"][:, positions + 1]
@@ -411,7 +411,7 @@ def pack_model(model, check=True):
             hidden = model(**batch).logits[0]
         except Exception as error:  # of models that know that they cannot
             raise ValueError(f"packed rows do not work for this model: {error}: --micro_batch_size 1") from error
-        packed = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)  # [N, V]
+        packed = F.linear(hidden, head.weight, head.bias)  # [N, V]
         gap = (packed - torch.cat(alone)).float().norm() / packed.float().norm()
         # half precision rounds, and int8 rounds activations by what else is in their batch
         exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
@@ -511,7 +511,7 @@ class Report(transformers.trainer_callback.ProgressCallback):
             return
         with open(Path(args.output_dir) / "log.jsonl", "a") as file:
             file.write(json.dumps(logs | {"step": step}) + "\n")
-        if "eval_loss" in logs or step == 1 or step % max(1, state.max_steps // 20) == 0:
+        if "eval_loss" in logs or step % max(1, state.max_steps // 20) == 0:
             shown = "loss learning_rate grad_norm train_tokens_per_second eval_loss eval_token_acc".split()
             fields = [f"{name} {logs[name]:.4g}" for name in shown if name in logs]
             self.training_bar.write(" | ".join([f"step {step:05d}/{state.max_steps:05d}", *fields]))
@@ -805,7 +805,7 @@ def train(
         args=args,
         train_dataset=train_set,
         eval_dataset=eval_set or None,
-        data_collator=pack,
+        data_collator=functools.partial(pack, packed=micro_batch_size > 1),
         processing_class=tokenizer,
         compute_loss_func=mean_nll,
     )
@@ -842,7 +842,7 @@ def train(
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     except KeyboardInterrupt:
         print(f"\ninterrupted after step {trainer.state.global_step}: --resume_from_checkpoint auto goes on")
-        raise SystemExit(130) from None
+        sys.exit(130)
 
     # 8. the best adapter, plots and the summary
     state = trainer.state
@@ -862,8 +862,7 @@ def train(
         run |= {"status": "finished", "best_checkpoint": best.name, "metrics": metrics}
         write_json(out / "run.json", run)
         print(json.dumps(metrics, indent=2))
-        print(f"wrote {out}: adapter/ (from {best.name}), plots/, log.jsonl, run.json, validation.jsonl")
-        print(f"Next: python generate.py --lora_weights {out}/adapter --prompt '...'")
+        print(f"wrote {out}: adapter/ (from {best.name})\nNext: python generate.py --lora_weights {out}/adapter")
     return metrics
 
 

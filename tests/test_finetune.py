@@ -925,7 +925,7 @@ def test_bad_flags_are_refused_before_a_model_is_loaded(tmp_path, no_model, flag
         ({"lora_target_modules": "q_proj,qkv"}, "has no qkv"),
         ({"lora_target_modules": "qkv"}, "--lora flags: .*qkv"),
         ({"lora_target_modules": ""}, "--lora flags"),
-        ({"lora_target_modules": "norm"}, "--lora flags: .*norm"),
+        ({"lora_target_modules": "norm"}, "--lora flags: .*Norm"),
         ({"lora_target_modules": "all-linear,q_proj"}, "all-linear"),
         ({"lora_dropout": 1.5}, "dropout"),
     ],
