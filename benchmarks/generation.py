@@ -88,11 +88,11 @@ def in_batches(prompts, model, max_new_tokens, micro_batch_size):
 
 def with_generate(prompts, model, max_new_tokens, answer_all):
     """Answer a file of prompts as one does without generate.py; `answer_all(model, ids, config)` gives ids."""
-    base, lora_weights = script.find_base(model[0]), model[1]
-    tokenizer = script.load_tokenizer(lora_weights or base)
+    base, lora_weights = script.local_path(model[0]), model[1]
+    tokenizer = script.AutoTokenizer.from_pretrained(lora_weights or base)
     script.use_template(tokenizer, "")
-    model = script.load_base(base, torch.float32, False, False, "cpu")
-    model = (script.load_adapter(model, lora_weights) if lora_weights else model).eval()
+    model = script.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = (script.attach_adapter(model, lora_weights) if lora_weights else model).eval()
     config = script.GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[tokenizer.eos_token_id], pad_token_id=0
     )
@@ -128,7 +128,7 @@ def compare_answering(
     rounds: int = 3,
     seed: int = 0,
 ):
-    """Answer the same prompts in all ways, in turn, and print the ratio of the times.
+    """Answer the same prompts in all ways, in turn, and print the ratio of the CPU seconds.
 
     Args:
         prompts: prompts of mixed length.
@@ -139,9 +139,9 @@ def compare_answering(
         rounds: times that the sides take turns.
         seed: of the prompts.
     """
-    script.quiet_libraries()
+    script.transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)  # as generate.py does for a model of this size
-    model = script.find_model("", lora_weights, "")
+    model = script.find_model("", lora_weights)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "prompts.txt")
         write_prompts(path, prompts, seed)
@@ -154,16 +154,16 @@ def compare_answering(
         for n in range(rounds):
             seconds, made = {}, {}
             for name in sides if n % 2 else reversed(sides):
-                started = time.time()
+                started = time.process_time()
                 made[name] = sides[name]()
-                seconds[name] = time.time() - started
+                seconds[name] = time.process_time() - started
             for name in sides:  # the same answers, or the comparison means nothing
                 assert made[name] == made["one by one"], f"{name} answers otherwise than one by one"
             ratios.append(seconds["one by one"] / seconds["in batches"])
-            line = ", ".join(f"{name} {seconds[name]:.1f} s" for name in sides)
+            line = ", ".join(f"{name} {seconds[name]:.1f} CPU s" for name in sides)
             print(f"round {n + 1}: {line}, ratio {ratios[-1]:.2f}", flush=True)
     ratio, name = statistics.median(ratios), " + ".join(filter(None, model))
-    print(f"answering: one by one / in batches = {ratio:.2f} (median of {rounds}), equal answers    {name}")
+    print(f"{name}: equal answers, median of {rounds} rounds, one by one / in batches\nratio {ratio:.2f}")
     return {"ratio": ratio, "ratios": ratios}
 
 

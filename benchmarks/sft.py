@@ -343,13 +343,13 @@ def compare_training(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     others = TRL_MODES if measure == "trl" else ["padded Trainer"]
-    template, like = ("alpaca_short", "gsm8k") if measure == "trl" else ("alpaca", "alpaca")
+    like = "gsm8k" if measure == "trl" else "alpaca"
     python = trl_python() if measure == "trl" else sys.executable
     results = {side: [] for side in [*others, OURS]}
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, hidden, layers, vocab, seed)
         words = AutoTokenizer.from_pretrained(finetune.local_path(tokenizer) or tokenizer)
-        finetune.use_template(words, template)
+        finetune.use_template(words, "alpaca")
         words.save_pretrained(folder)
         count = batch_size * steps
         rows = finetune.load_rows(data_path) if data_path else made_rows(like, count, seed)
