@@ -133,6 +133,7 @@ def load_rows(source):
         if path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
             with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         elif path.suffix == ".json":
@@ -364,15 +365,14 @@ def sums_of_hidden(head, hidden, targets, chunk=256):
     hidden [L, D], targets [L]. Where a gradient is wanted, the guesses are not counted.
     """
     hidden = hidden.to(head.weight.dtype)
-    # not "auto", which makes chunks of one or two rows; a sum in half precision would keep three digits
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
     nll = F.linear_cross_entropy(
         hidden,
         head.weight,
         targets,
         linear_bias=head.bias,
-        reduction="sum" if hidden.dtype == torch.float32 else "none",
-        options=options,
+        reduction="sum" if hidden.dtype == torch.float32 else "none",  # a sum in half precision keeps three digits
+        # not the method "auto", which makes chunks of one or two rows
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None),
     )
     nll = nll.float().sum()
     if torch.is_grad_enabled():
@@ -861,7 +861,7 @@ def train(
         metrics |= state.log_history[-2]
         run |= {"status": "finished", "best_checkpoint": best.name, "metrics": metrics}
         write_json(out / "run.json", run)
-        print(json.dumps(metrics, indent=2))
+        print(json.dumps(metrics))
         print(f"wrote {out}: adapter/ (from {best.name})\nNext: python generate.py --lora_weights {out}/adapter")
     return metrics
 
