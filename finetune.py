@@ -469,7 +469,8 @@ class LoraTrainer(Trainer):
         (Trainer's own averages batch means and counts the examples that fill up the last batch).
         """
         size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        model = self.model_wrapped.eval()
+        model = self.model_wrapped
+        model.eval()
         sums = np.zeros(3)
         for start in range(0, len(self.eval_dataset), size * world_size):  # ZeRO-3 needs as many forwards of each rank
             batch = self.eval_dataset[start + rank * size :][:size]
