@@ -493,9 +493,9 @@ class LoraTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # torch and safetensors wrap a full disk in errors of their own
-            name = f"checkpoint-{self.state.global_step}"
             raise ValueError(
-                f"{name} could not be written: {error}. Make room, then --resume_from_checkpoint auto"
+                f"checkpoint-{self.state.global_step} could not be written: {error}. "
+                "Make room, then --resume_from_checkpoint auto"
             ) from error
 
 
@@ -503,19 +503,21 @@ class Report(transformers.trainer_callback.ProgressCallback):
     """transformers' progress bar, and what is known of a step or an evaluation in log.jsonl and on the console."""
 
     def on_log(self, args, state, control, logs, **kwargs):
-        step = state.global_step
-        if not math.isfinite(logs.get("loss", 0.0)):
+        if not logs.get("loss", 0.0) < math.inf:
             raise ValueError(
-                f"the loss is {logs['loss']} at step {step}: lower --learning_rate, or take another --dtype"
+                f"the loss is {logs['loss']} at step {state.global_step}: lower --learning_rate or take another --dtype"
             )
         if not state.is_world_process_zero or not logs.keys() & {"loss", "eval_loss"}:
             return
-        with open(Path(args.output_dir) / "log.jsonl", "a") as file:
-            file.write(json.dumps(logs | {"step": step}) + "\n")
-        if "eval_loss" in logs or step % max(1, state.max_steps // 20) == 0:
+        record = state.log_history[-1]
+        if not record.get("grad_norm", 0.0) < math.inf:  # float16's scaler skips such a step, and the run goes on
+            record["grad_norm"] = None  # JSON knows no other word for it
+        with open(f"{args.output_dir}/log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if "eval_loss" in logs or not state.global_step % max(1, state.max_steps // 20):
             shown = "loss learning_rate grad_norm train_tokens_per_second eval_loss eval_token_acc".split()
             fields = [f"{name} {logs[name]:.4g}" for name in shown if name in logs]
-            self.training_bar.write(" | ".join([f"step {step:05d}/{state.max_steps:05d}", *fields]))
+            self.training_bar.write(" | ".join([f"step {state.global_step:05d}/{state.max_steps:05d}", *fields]))
 
 
 def find_checkpoint(output_dir, resume):
@@ -734,7 +736,7 @@ def train(
             eval_steps=save_steps,
             save_steps=save_steps,
             save_total_limit=2,  # the best and the last
-            metric_for_best_model="eval_loss" if eval_set else None,
+            metric_for_best_model="eval_loss",
             seed=seed,
             bf16=dtype == "bfloat16" and on_gpu,
             fp16=dtype == "float16" and on_gpu,
@@ -816,10 +818,14 @@ def train(
     trainer.add_callback(Report)
     transformers.set_seed(seed + 100003 * args.process_index)  # dropout and noise are each rank's own
     main = args.process_index == 0
-    counts |= {"rows": len(rows), "train": len(train_set), "validation": len(eval_set)}
-    run = {"status": "running", "flags": flags, "argv": sys.argv, "counts": counts}
-    run["git"] = subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty")
-    run["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    run = {
+        "status": "running",
+        "flags": flags,
+        "argv": sys.argv,
+        "counts": counts | {"rows": len(rows), "train": len(train_set), "validation": len(eval_set)},
+        "git": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
     if main:  # not before everything about the new run has been checked
         if overwrite:
             for path in [*out.glob("checkpoint-*"), *out.glob("runs")]:
@@ -846,8 +852,7 @@ def train(
         sys.exit(130)
 
     # 8. the best adapter, plots and the summary
-    state = trainer.state
-    best = out / f"checkpoint-{state.best_global_step or state.global_step}"
+    best = out / f"checkpoint-{trainer.state.best_global_step or trainer.state.global_step}"
     if main:
         partial = out / "adapter.incomplete"
         partial.mkdir(exist_ok=True)
@@ -858,8 +863,8 @@ def train(
         transformers.GenerationConfig(eos_token_id=sorted(stops)).save_pretrained(partial)
         shutil.rmtree(out / "adapter", ignore_errors=True)
         partial.rename(out / "adapter")
-        plot(state.log_history, out / "plots")
-        metrics |= state.log_history[-2]
+        plot(trainer.state.log_history, out / "plots")
+        metrics |= trainer.state.log_history[-2]
         run |= {"status": "finished", "best_checkpoint": best.name, "metrics": metrics}
         write_json(out / "run.json", run)
         print(json.dumps(metrics))

@@ -800,6 +800,18 @@ def test_pack_by_hand():
     assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["labels"].dtype == torch.int64
 
 
+def test_pack_of_one_example_alone_tells_a_model_nothing_of_packed_rows():
+    """Linear attention refuses rows that it is told are packed, even of one example."""
+    batch = pack([example([5, 6, 7], [0, 1, 1])], packed=False)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7]],
+        "logits_to_keep": [0, 1],
+        "labels": [[6, 7]],
+        "shift_labels": [[6, 7]],
+    }
+    assert pack([], packed=False)["labels"].tolist() == [[]]
+
+
 def test_no_label_is_predicted_from_another_example():
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 50, n).tolist() for n in rng.integers(2, 9, 20)]

@@ -14,6 +14,7 @@ import re
 import shutil
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import peft
@@ -1051,6 +1052,23 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch, value)
     with pytest.raises(ValueError, match=f"the loss is {value} at step 1: lower --learning_rate"):
         run(tmp_path)
     assert not (tmp_path / "log.jsonl").read_text()
+
+
+def test_the_log_is_json_where_a_gradient_is_not_finite(tmp_path, capsys):
+    """float16's loss scaler skips such a step, and the run goes on."""
+    report, lines = finetune.Report(), []
+    report.training_bar = SimpleNamespace(write=lines.append)
+    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=1, max_steps=9, log_history=[])
+    state.is_world_process_zero = True
+    for norm in (math.inf, math.nan, 0.5):
+        logs = {"loss": 1.5, "grad_norm": norm}
+        state.log_history.append(logs | {"step": 1})  # as Trainer.log does, and what a resumed run writes again
+        report.on_log(args, state, None, logs)
+    refuse = lambda name: pytest.fail(f"{name} is no JSON")
+    logged = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in logged] == [1.5] * 3 and logged[2]["grad_norm"] == 0.5
+    assert [record["grad_norm"] for record in state.log_history] == [None, None, 0.5]
+    assert logged == state.log_history and "loss 1.5 | grad_norm inf" in lines[0]
 
 
 # -----------------------------------------------------------------------------

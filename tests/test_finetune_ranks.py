@@ -80,16 +80,16 @@ def weights(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same_curve(one, other, losses=2e-6, norms=1e-5):
-    """Relative tolerances; those measured stand where they are given."""
+def assert_same_curve(one, other, losses=1e-6, norms=5e-6):
+    """Relative tolerances; measured on ranks, machines and accelerate: 3.6e-7 of losses, 2.2e-6 of gradient norms."""
     assert [record.keys() for record in one] == [record.keys() for record in other]
     for a, b in zip(one, other, strict=True):
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=norms if name == "grad_norm" else losses), (name, a, b)
 
 
-def assert_same_weights(folder, other, tolerance=1e-3):
-    """Adam divides by the gradient's size, so rounding of a gradient near zero moves its weight by more."""
+def assert_same_weights(folder, other, tolerance=5e-3):
+    """Adam divides by the gradient's size, so a gradient near zero moves its weight by what it is rounded: 6.7e-4."""
     one, other = weights(folder), weights(other)
     assert one.keys() == other.keys()
     for name, weight in one.items():
@@ -165,9 +165,7 @@ def test_ranks_may_change_between_kill_and_resume(plain, tmp_path, before, after
 # DeepSpeed
 
 
-def without_deepspeeds_own(records):
-    """DeepSpeed reports the gradient's norm of the step before."""
-    return [{name: value for name, value in record.items() if name != "grad_norm"} for record in records]
+ZERO = {"losses": 2e-6, "norms": 2e-5}  # measured: 1.2e-7 and 2.0e-6, with the offloaded optimizer 8.4e-7 and 5.1e-6
 
 
 @needs_deepspeed
@@ -177,7 +175,7 @@ def without_deepspeeds_own(records):
 )
 def test_deepspeed_changes_nothing_but_memory(plain, tmp_path, zero, ranks):
     finish(launch(tmp_path, "--deepspeed", f"deepspeed/{zero}.json", ranks=ranks))
-    assert_same_curve(without_deepspeeds_own(curve(tmp_path)), without_deepspeeds_own(curve(plain)))
+    assert_same_curve(curve(tmp_path), curve(plain), **ZERO)
     assert_same_weights(tmp_path, plain)
     assert record_of(tmp_path)["best_checkpoint"] == record_of(plain)["best_checkpoint"]
 
@@ -187,7 +185,7 @@ def test_deepspeed_zero3_with_activation_checkpointing_and_one_by_one(plain, tmp
     flags = ["--deepspeed", "deepspeed/zero3.json", "--activation_checkpointing"]
     for size in ("1", "4"):
         finish(launch(tmp_path / size, *flags, "--micro_batch_size", size, ranks=2))
-        assert_same_curve(without_deepspeeds_own(curve(tmp_path / size)), without_deepspeeds_own(curve(plain)))
+        assert_same_curve(curve(tmp_path / size), curve(plain), **ZERO)
 
 
 @needs_deepspeed
@@ -198,7 +196,7 @@ def test_deepspeed_resumes(plain, tmp_path, zero, ranks):
     wait_for((tmp_path / "checkpoint-2" / "trainer_state.json").exists, process)
     kill(process)
     finish(launch(tmp_path, *flags, "--resume_from_checkpoint", "auto", ranks=ranks))
-    assert_same_curve(without_deepspeeds_own(curve(tmp_path)), without_deepspeeds_own(curve(plain)))
+    assert_same_curve(curve(tmp_path), curve(plain), **ZERO)
     assert_same_weights(tmp_path, plain)
 
 
@@ -226,15 +224,29 @@ def save(self, path):
 transformers.TrainerState.save_to_json = save
 finetune.run_cli(finetune.train)
 """
-MOMENTS = {
-    "validation.jsonl": lambda out: (out / "validation.jsonl").exists(),
-    "run.json": lambda out: (out / "run.json").exists(),
-    "first log line": lambda out: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0,
-    "checkpoint begun": lambda out: (out / "checkpoint-2").exists(),
-    "checkpoint whole": lambda out: (out / "checkpoint-4" / "trainer_state.json").exists(),
-    "last checkpoint": lambda out: (out / "checkpoint-6").exists(),
-    "adapter.incomplete": lambda out: (out / "adapter.incomplete").exists(),
-    "adapter": lambda out: (out / "adapter").exists(),
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, ROOT)
+import finetune
+seen = 0
+def kill(event, values):
+    global seen
+    if event == EVENT and str(values[0]).endswith(PATH):
+        seen += 1
+        if seen == COUNT:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+finetune.run_cli(finetune.train)
+"""
+MOMENTS = {  # the audit event of Python before which the process dies, the end of the path, which time
+    "validation.jsonl": ("open", "validation.jsonl", 1),
+    "run.json": ("os.rename", "run.json.incomplete", 1),
+    "first log line": ("open", "log.jsonl", 2),
+    "checkpoint begun": ("open", "checkpoint-2/README.md", 1),
+    "checkpoint whole": ("open", "log.jsonl", 7),
+    "last checkpoint": ("open", "checkpoint-6/trainer_state.json", 1),
+    "adapter begun": ("os.rename", "adapter.incomplete", 1),
+    "adapter whole": ("os.rename", "run.json.incomplete", 2),
 }
 
 
@@ -250,10 +262,10 @@ def assert_same_run(folder, other):
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_resume_is_the_run_that_was_never_killed(plain, tmp_path, moment):
-    out = tmp_path / "out"
-    process = launch(out)
-    wait_for(lambda: MOMENTS[moment](out), process)
-    kill(process)
+    script, out = tmp_path / "killed.py", tmp_path / "out"
+    values = dict(zip(("EVENT", "PATH", "COUNT"), MOMENTS[moment], strict=True)) | {"ROOT": str(ROOT)}
+    script.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()) + KILLED)
+    finish(launch(out, script=str(script)), code=-signal.SIGKILL)
     finish(launch(out, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, plain)
 
