@@ -302,9 +302,8 @@ def pack(examples, packed=True):
     flatten = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=packed, return_position_ids=packed)
     batch = flatten(examples or [{"input_ids": [0, 0], "labels": [IGNORE, IGNORE]}])
     positions = batch["labels"][0, 1:].ne(IGNORE).nonzero()[:, 0]
-    labels = batch["labels"][:, positions + 1]
     batch["logits_to_keep"] = positions
-    batch["labels"] = batch["shift_labels"] = labels
+    batch["labels"] = batch["shift_labels"] = batch["labels"][:, positions + 1]
     return batch
 
 
@@ -567,7 +566,7 @@ def check_numbers(flags, world_size):
     if flags["dtype"] not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype {flags['dtype']}: one of auto, bfloat16, float16, float32")
     if flags["deepspeed"] and "WORLD_SIZE" not in os.environ:
-        raise ValueError("--deepspeed needs a launcher: torchrun --nproc_per_node=1 finetune.py --deepspeed ...")
+        raise ValueError("--deepspeed needs a launcher: torchrun --nproc_per_node=1, and the script with its flags")
 
 
 def train(
@@ -669,6 +668,8 @@ def train(
     base = str(local_path(base_model) or base_model)
     try:
         config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+        if "_vl" in config.model_type:
+            raise ValueError(f"{config.model_type} sees images: finetune_vl.py trains it")
         tokenizer = AutoTokenizer.from_pretrained(base)
         template, separator = use_template(tokenizer, prompt_template)
         end = end_of_answers(tokenizer, add_eos_token)
@@ -702,7 +703,7 @@ def train(
 
     # 3. what is used, and whether the run that is resumed had the same
     flags |= {"learning_rate": learning_rate, "dtype": dtype, "prompt_template": template}
-    flags["data_sha256"] = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()
+    flags["data_sha256"] = hashlib.sha256(repr(conversations).encode()).hexdigest()
     if checkpoint:
         before = json.loads((out / "run.json").read_text("utf-8"))["flags"]
         free = "output_dir data_path overwrite resume_from_checkpoint micro_batch_size".split()
@@ -817,16 +818,14 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Report)
     transformers.set_seed(seed + 100003 * args.process_index)  # dropout and noise are each rank's own
-    main = args.process_index == 0
     run = {
         "status": "running",
         "flags": flags,
-        "argv": sys.argv,
         "counts": counts | {"rows": len(rows), "train": len(train_set), "validation": len(eval_set)},
         "git": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    if main:  # not before everything about the new run has been checked
+    if not args.process_index:  # not before everything about the new run has been checked
         if overwrite:
             for path in [*out.glob("checkpoint-*"), *out.glob("runs")]:
                 shutil.rmtree(path)
@@ -853,7 +852,7 @@ def train(
 
     # 8. the best adapter, plots and the summary
     best = out / f"checkpoint-{trainer.state.best_global_step or trainer.state.global_step}"
-    if main:
+    if not args.process_index:
         partial = out / "adapter.incomplete"
         partial.mkdir(exist_ok=True)
         for path in best.glob("adapter_*"):

@@ -336,11 +336,11 @@ def pack(examples, processor, model):
     model is transformers' Qwen...VLModel, whose get_rope_index knows the positions. Where no example has an image, a
     blank one, from which nothing learns, keeps every rank, and every shard of ZeRO-3, in the vision tower.
     """
-    examples, image_token = list(examples), model.config.image_token_id
+    image_token = model.config.image_token_id
     pictures = [[open_image(image) for image in example["images"]] for example in examples]
     if not any(pictures):
         pads = processor.get_number_of_image_patches(56, 56) // processor.merge_size**2
-        examples.append({"input_ids": [image_token] * pads, "labels": [IGNORE] * pads})
+        examples = [*examples, {"input_ids": [image_token] * pads, "labels": [IGNORE] * pads}]
         pictures.append([Image.new("RGB", (56, 56))])
     flatten = transformers.DataCollatorWithFlattening
     batch = flatten(return_flash_attn_kwargs=True, return_position_ids=False)(examples)
@@ -613,7 +613,7 @@ def check_numbers(flags, world_size):
     if flags["dtype"] not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype {flags['dtype']}: one of auto, bfloat16, float16, float32")
     if flags["deepspeed"] and "WORLD_SIZE" not in os.environ:
-        raise ValueError("--deepspeed needs a launcher: torchrun --nproc_per_node=1 finetune_vl.py --deepspeed ...")
+        raise ValueError("--deepspeed needs a launcher: torchrun --nproc_per_node=1, and the script with its flags")
 
 
 def train(
@@ -871,7 +871,6 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Report)
     transformers.set_seed(seed + 100003 * args.process_index)  # dropout and noise are each rank's own
-    main = args.process_index == 0
     run = {
         "status": "running",
         "flags": flags,
@@ -879,7 +878,7 @@ def train(
         "git": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    if main:  # not before everything about the new run has been checked
+    if not args.process_index:  # not before everything about the new run has been checked
         if overwrite:
             for path in [*out.glob("checkpoint-*"), *out.glob("runs")]:
                 shutil.rmtree(path)
@@ -908,7 +907,7 @@ def train(
 
     # 8. the best adapter, plots and the summary
     best = out / f"checkpoint-{trainer.state.best_global_step or trainer.state.global_step}"
-    if main:
+    if not args.process_index:
         partial = out / "adapter.incomplete"
         partial.mkdir(exist_ok=True)
         for path in best.glob("adapter_*"):

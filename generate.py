@@ -11,6 +11,7 @@ Ask a base model, with or without a LoRA adapter: one question, a chat, a file o
     a chat   python generate.py --chat
     a file   python generate.py --data_path data/tiny/test.jsonl --score gsm8k_strict
     a page   python generate.py --ui
+    an image python generate.py --lora_weights out/finetune_vl/adapter --image formula.png --prompt "..."
     a GPU    python generate.py --lora_weights out/mine/adapter --data_path out/mine/validation.jsonl --score rouge
 
 The prompt goes through the chat template that the adapter or checkpoint carries, so the model sees the tokens that
@@ -22,6 +23,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -41,14 +43,22 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported
 
 import datasets
 import fire
+import sacrebleu
 import torch
 import transformers
+from PIL import Image, ImageOps
 from pyarrow import parquet
-from rapidfuzz.distance import LCSseq
+from rapidfuzz.distance import LCSseq, Levenshtein
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 HERE = Path(__file__).resolve().parent
 ROLE_NAMES = {
@@ -59,7 +69,8 @@ ROLE_NAMES = {
     "human": "user",
     "gpt": "assistant",
 }
-BUILT_IN = ("gsm8k_strict", "gsm8k_flexible", "exact", "rouge")  # scores
+BUILT_IN = ("gsm8k_strict", "gsm8k_flexible", "exact", "rouge", "latex")  # scores
+SAMPLING = "max_new_tokens temperature top_p top_k num_beams repetition_penalty seed".split()
 
 # -----------------------------------------------------------------------------
 # shared with the other scripts, word for word: tests/test_copies.py compares them
@@ -211,6 +222,53 @@ def compute_score(solution_str, ground_truth, method="strict"):
     return float(final_number(solution_str[-300:], method) == ground_truth)
 
 
+def open_image(image):
+    """Return the PIL image of a file's bytes or of a path, turned as its EXIF header says.
+
+    Pixels are not decoded before they are used, except where it is turned.
+    """
+    try:
+        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        ImageOps.exif_transpose(opened, in_place=True)
+    except Exception as error:  # of PIL and of the file system
+        raise ValueError(f"image {image!r:.200}: cannot be read: {error}") from None
+    return opened
+
+
+def to_conversation(row, prompt, folder, separator="\n"):
+    """Return (messages, images) of a row: messages as of `to_messages`, an image as its file's bytes or its path.
+
+    A row of image and text becomes the prompt with this image and the text as its answer; paths are seen from `folder`.
+    """
+    images = []
+    for image in row.get("images") or filter(None, [row.get("image")]):
+        known = image if isinstance(image, dict) else {"path": image}
+        images.append(known.get("bytes") or str(folder / known["path"]))
+    if "text" in row:
+        row = {"question": f"<image>{prompt}", "answer": row["text"]}
+    messages = to_messages(row | {"images": None}, separator)
+    marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
+    if marks != ["<image>"] * len(images):
+        raise ValueError(f"{marks} in the text, and {len(images)} images: each needs one <image>")
+    return messages, images
+
+
+def with_image_tokens(messages, images, processor):
+    """Return messages in which each <image> is what Qwen's chat templates write for one, with all of its tokens.
+
+    images are PIL images, processor transformers' Qwen2VLImageProcessor: a token for each merge_size^2 patches.
+    """
+    told, left = [], list(images)
+    for message in messages:
+        content, *others = message["content"].split("<image>")
+        for text in others:
+            image = left.pop(0)
+            pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
+            content += f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>{text}"
+        told.append(message | {"content": content})
+    return told
+
+
 # -----------------------------------------------------------------------------
 # scores
 
@@ -228,10 +286,28 @@ def rouge(answer, reference):
     def f1(common, one, other):
         return 2 * common / max(1, len(one) + len(other))
 
+    longest = f1(LCSseq.similarity(a, b), a, b)
     return {
+        "score": longest,
         "rouge1": f1((Counter(a) & Counter(b)).total(), a, b),
         "rouge2": f1((Counter(pairs[0]) & Counter(pairs[1])).total(), *pairs),
-        "rougeL": f1(LCSseq.similarity(a, b), a, b),
+        "rougeL": longest,
+    }
+
+
+def latex(answer, reference):
+    """Return exact match, edit distance over the longer one's length, and BLEU-4 over LaTeX tokens of a formula.
+
+    The first two also without white space, which means nothing in LaTeX but where a letter follows a command.
+    """
+    tokens = [" ".join(re.findall(r"\\[A-Za-z]+|\S", text)) for text in (answer, reference)]
+    tight = [re.sub(r"\s", "", text) for text in (answer, reference)]
+    return {
+        "score": float(answer == reference),
+        "edit_distance": Levenshtein.normalized_distance(answer, reference),
+        "bleu4": sacrebleu.sentence_bleu(tokens[0], tokens[1:], tokenize="none").score / 100,
+        "score_without_spaces": float(tight[0] == tight[1]),
+        "edit_distance_without_spaces": Levenshtein.normalized_distance(*tight),
     }
 
 
@@ -253,9 +329,8 @@ def score_answer(answer, item, score, source):
     reference = item.get("reference")
     if score == "exact":
         return {"score": float(answer.strip() == reference.strip())}
-    if score == "rouge":
-        scores = rouge(answer, reference)
-        return {"score": scores["rougeL"]} | scores
+    if score in ("rouge", "latex"):
+        return {"rouge": rouge, "latex": latex}[score](answer, reference)
     if not callable(score):
         return {"score": compute_score(answer, final_number(reference, "strict"), score.removeprefix("gsm8k_"))}
     found = score(data_source=source, solution_str=answer, ground_truth=reference, extra_info={"index": item["index"]})
@@ -356,9 +431,15 @@ def to_generation_config(stops, temperature, top_p, top_k, seed, **settings):
     return GenerationConfig(**settings, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0)
 
 
-def encode_prompt(messages, tokenizer, max_new_tokens, context):
-    """Return the ids of a conversation as the chat template renders it, up to where the answer starts."""
+def encode_prompt(messages, images, tokenizer, processor, max_new_tokens, context):
+    """Return the ids of a conversation as the chat template renders it, up to where the answer starts.
+
+    images are those of its <image> marks, and processor is None for a model that takes none.
+    """
+    if images and not processor:
+        raise ValueError(f"{len(images)} images, and a model that reads text only")
     try:
+        messages = with_image_tokens(messages, map(open_image, images), processor) if images else messages
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
     except Exception as error:  # jinja2 has its own kinds, a template can raise, and half a character has no ids
         raise ValueError(f"the chat template cannot render {messages!r:.200}: {error}") from error
@@ -368,10 +449,15 @@ def encode_prompt(messages, tokenizer, max_new_tokens, context):
 
 
 def answer_batch(model, batch, config, **kwargs):
-    """Return [(the ids of the answer without its end token, whether it was cut before one)] of prompts (ids)."""
+    """Return [(the ids of the answer without its end token, whether it was cut before one)] of prompts (ids).
+
+    With images in them, kwargs have pixel_values and image_grid_thw.
+    """
     rows = [torch.tensor(ids) for ids in batch]
     ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").to(model.device)  # [B, T]
     mask = ids >= 0
+    if "pixel_values" in kwargs:
+        kwargs["mm_token_type_ids"] = ids.eq(model.config.image_token_id).int()
     out = model.generate(
         input_ids=torch.where(mask, ids, ids[:, -1:]),  # not a token of its own: a repetition penalty counts it
         attention_mask=mask.long(),
@@ -385,7 +471,7 @@ def answer_batch(model, batch, config, **kwargs):
     return answers
 
 
-def stream_answer(model, tokenizer, ids, config):
+def stream_answer(model, tokenizer, ids, config, **pixels):
     """Yield (the answer so far, None) as tokens come, and at the end (the answer, whether it was cut).
 
     The model works in a thread, which stops at its next token once the caller no longer listens.
@@ -397,7 +483,7 @@ def stream_answer(model, tokenizer, ids, config):
         return torch.full((len(ids),), closed.is_set(), device=ids.device)
 
     def work():
-        kwargs = {"streamer": streamer} if config.num_beams == 1 else {}  # beams are known at the end only
+        kwargs = pixels | ({"streamer": streamer} if config.num_beams == 1 else {})  # beams are known at the end only
         try:
             results.extend(answer_batch(model, [ids], config, stopping_criteria=[stopped], **kwargs))
         except BaseException as error:  # belongs to the caller's thread
@@ -434,8 +520,11 @@ def print_answer(stream, limit):
     return shown
 
 
-def chat_in_terminal(stream, prompt, limit):
-    """Ask, answer, and remember, until /exit or the end of the input; returns the messages."""
+def chat_in_terminal(stream, prompt, marks, limit):
+    """Ask, answer, and remember, until /exit or the end of the input; returns the messages.
+
+    marks, an <image> for each of --image, stand before the first question of a conversation.
+    """
     print("/new forgets the conversation, /exit ends it, Ctrl-C ends an answer")
     messages = []
     while True:
@@ -449,7 +538,7 @@ def chat_in_terminal(stream, prompt, limit):
         if text == "/new":
             messages = []
         elif text:
-            asked = [*messages, {"role": "user", "content": text}]
+            asked = [*messages, {"role": "user", "content": text if messages else marks + text}]
             try:
                 answer = print_answer(stream(asked), limit)
             except ValueError as error:
@@ -514,55 +603,50 @@ def check_address(host, password):
         )
 
 
-def open_page(stream, title, sampling, context, host, port, password):
-    """Serve a chat page until Ctrl-C; `stream(messages, **sampling)` yields answers as stream_answer does."""
+def open_page(stream, title, sampling, sees, host, port, password):
+    """Serve a chat page until Ctrl-C; `stream(messages, images, **sampling)` yields answers as stream_answer does.
+
+    sees: whether the model takes images.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    bounds = {
-        "max_new_tokens": (1, context, 1),
-        "temperature": (0, 2, 0.05),
-        "top_p": (0.05, 1, 0.05),
-        "top_k": (0, 200, 1),
-        "num_beams": (1, 8, 1),
-        "repetition_penalty": (0.5, 2, 0.05),
-        "seed": (0, 2**31, 1),
-    }
-
-    def reply(text, history, *values):
-        messages = []
-        for turn in [*history, {"role": "user", "content": text}]:
-            content = turn["content"]
-            if not isinstance(content, str):
-                content = "".join(part["text"] for part in content)
-            messages.append({"role": turn["role"], "content": content})
+    def reply(asked, history, *values):
+        messages, images = [], []
+        parts = [asked["text"], *[{"file": {"path": path}} for path in asked["files"]]] if sees else asked
+        for turn in [*history, {"role": "user", "content": parts}]:
+            marks, text = "", ""
+            for part in turn["content"]:
+                if isinstance(part, str):
+                    text += part
+                elif "file" in part:
+                    marks += "<image>"
+                    images.append(part["file"]["path"])
+                else:
+                    text += part["text"]
+            messages.append({"role": turn["role"], "content": marks + text})
         try:
             given = {name: type(sampling[name])(value) for name, value in zip(sampling, values, strict=True)}
             check_sampling(**given)
-            for answer, cut in stream(messages, **given):  # noqa: B007
+            for answer, cut in stream(messages, images, **given):  # noqa: B007
                 yield answer
         except (ValueError, TypeError) as error:  # an empty field is None
             raise gradio.Error(str(error)) from error
         if cut:
             gradio.Info("The answer was cut at max new tokens.")
 
-    with gradio.Blocks(title="looseleaf") as page:
-        controls = []
-        with gradio.Sidebar(position="right", width=340):
-            for name, value in sampling.items():
-                low, high, step = bounds[name]
-                label = name.replace("_", " ")
-                controls.append(gradio.Slider(min(low, value), max(high, value), value, step=step, label=label))
-        gradio.Markdown(f"## looseleaf\n{title}")
-        gradio.ChatInterface(
-            reply,
-            # as the model wrote it: Markdown would take "#### 42" for a heading
-            chatbot=gradio.Chatbot(render_markdown=False),
-            additional_inputs=controls,
-            concurrency_limit=1,
-            api_visibility="private",
-        )
-    page.launch(
+    gradio.ChatInterface(
+        reply,
+        title="looseleaf",
+        description=title,
+        multimodal=sees,
+        # as the model wrote it: Markdown would take "#### 42" for a heading
+        chatbot=gradio.Chatbot(render_markdown=False),
+        additional_inputs=[gradio.Number(value, label=name.replace("_", " ")) for name, value in sampling.items()],
+        additional_inputs_accordion="sampling",
+        concurrency_limit=1,
+        api_visibility="private",
+    ).launch(
         server_name=host,
         server_port=port or None,
         auth=("looseleaf", password) if password else None,
@@ -576,6 +660,7 @@ def generate(
     lora_weights: str = "",
     prompt: str = "",
     input: str = "",
+    image: str = "",
     chat: bool = False,
     data_path: str = "",
     output_dir: str = "out/generate",
@@ -610,13 +695,14 @@ def generate(
     Args:
         base_model: hub id or folder of the model.
         lora_weights: folder of a LoRA adapter. Empty: the base model alone.
-        prompt: the question.
+        prompt: the question; with --data_path, what is asked where a row has only image and text.
         input: further text that the question is about, as in alpaca's rows.
+        image: files of images that the question is about, with commas between them.
         chat: talk in the terminal, over several turns; --prompt is then the first.
         data_path: data file or hub id, in any of the forms of data/README.md.
         output_dir: where everything of this run is written.
         overwrite: replace what an earlier run left in --output_dir.
-        score: gsm8k_strict, gsm8k_flexible, exact, rouge or path.py:function: compare with the file's own answers.
+        score: compare with the file's answers: gsm8k_strict, gsm8k_flexible, exact, rouge, latex or path.py:function.
         prompt_template: chat template: a name of templates/ or a .jinja file. Empty: what the model carries, or alpaca.
         max_new_tokens: longest answer, in tokens.
         temperature: of sampling; 0 takes the likeliest token. Above 0, --micro_batch_size changes what is drawn.
@@ -635,21 +721,15 @@ def generate(
         load_in_8bit: quantize the base to int8 with bitsandbytes.
         load_in_4bit: quantize the base to NF4 with bitsandbytes (QLoRA).
     """
+    flags = dict(locals())
+
     # 1. check flags
-    sampling = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "num_beams": num_beams,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
+    sampling = {name: flags[name] for name in SAMPLING}
     check_sampling(**sampling)
-    if bool(prompt or chat) + bool(data_path) + ui > 1:
+    if chat + bool(data_path) + ui > 1:
         raise ValueError("--prompt or --chat, --data_path, --ui: one at a time")
-    if (score or overwrite or max_samples) and not data_path or input and not prompt:
-        raise ValueError("--score, --overwrite and --max_samples go with --data_path, --input with --prompt")
+    if (score or overwrite or max_samples) and not data_path or (input or image) and (data_path or not prompt):
+        raise ValueError("--score, --overwrite, --max_samples go with --data_path, --input and --image with --prompt")
     if micro_batch_size < 1:
         raise ValueError(f"--micro_batch_size {micro_batch_size} must be at least 1")
     scorer = load_function(score) if ".py:" in score else score
@@ -671,14 +751,19 @@ def generate(
     base_model, lora_weights = find_model(base_model, lora_weights)
     base = str(local_path(base_model) or base_model)
     carries = lora_weights and (Path(lora_weights) / "tokenizer_config.json").exists()
+    processor, images = None, image.split(",") if image else []
     try:
         config = transformers.AutoConfig.from_pretrained(base).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(lora_weights if carries else base)
+        if "_vl" in config.model_type:
+            processor = AutoImageProcessor.from_pretrained(lora_weights if carries else base)
         template, separator = use_template(tokenizer, prompt_template)
     except (OSError, ValueError) as error:
         raise ValueError(f"--base_model {base_model}, --prompt_template {prompt_template}: {error!s:.500}") from error
     if config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a small model gains little from a second thread, and waits for it on a busy machine
+    if prompt and (ui or data_path and not processor):
+        raise ValueError(f"--prompt or --chat, --data_path, --ui: one at a time, and {base_model} takes no images")
     context = getattr(config, "max_position_embeddings", None) or 2**20
     print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {dtype}  template {template}")
 
@@ -688,14 +773,18 @@ def generate(
         rows = [{"question": line} for line in Path(data_path).read_text("utf-8").splitlines() if line]
     elif data_path:
         rows = load_rows(data_path)
+        folder = (local_path(data_path) or HERE).resolve().parent
     for index, row in enumerate(rows[: max_samples or None]):
         item = {"index": index}
         items.append(item)
         try:
-            item["messages"] = to_messages(row, separator)
+            if processor:
+                item["messages"], item["images"] = to_conversation(row, prompt, folder, separator)
+            else:
+                item["messages"], item["images"] = to_messages(row, separator), []
             if item["messages"][-1]["role"] == "assistant":
                 item["reference"] = item["messages"].pop()["content"]
-            item["ids"] = encode_prompt(item["messages"], tokenizer, max_new_tokens, context)
+            item["ids"] = encode_prompt(item["messages"], item["images"], tokenizer, processor, max_new_tokens, context)
             number = final_number(item.get("reference", ""), "strict")
             if "reference" not in item and score in BUILT_IN or score.startswith("gsm8k") and number is None:
                 raise ValueError(f"--score {score}: the row has nothing to compare with (answer, '#### number')")
@@ -712,7 +801,7 @@ def generate(
     settings = sampling | {
         "model": [base, *fingerprint(base)],
         "adapter": [lora_weights, *fingerprint(lora_weights or "nothing")],
-        "prompts": hashlib.sha256(json.dumps([item["ids"] for item in order]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(repr([[item["ids"], item["images"]] for item in order]).encode()).hexdigest(),
         "micro_batch_size": micro_batch_size,
         "dtype": [device, dtype, load_in_8bit, load_in_4bit],
         "versions": [torch.__version__, transformers.__version__],
@@ -738,7 +827,8 @@ def generate(
                 bnb_4bit_compute_dtype=dtype,
             )
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            auto = AutoModelForImageTextToText if processor else AutoModelForCausalLM
+            model, info = auto.from_pretrained(
                 base, dtype=dtype, quantization_config=quantization, output_loading_info=True
             )
         except Exception as error:  # of transformers and safetensors
@@ -751,31 +841,38 @@ def generate(
         model.generation_config = to_generation_config(stops, 0, 1, 0, 0)  # nothing of the model's own leaks in
         model = attach_adapter(model, lora_weights).eval() if lora_weights else model.eval()
 
-    def stream(messages, **changed):
+    def see(paths):
+        """Return the model's inputs for images."""
+        if not paths:
+            return {}
+        return processor(images=[open_image(path) for path in paths], return_tensors="pt").to(device)
+
+    def stream(messages, images=images, **changed):
         """Yield the answer to a conversation, as stream_answer does."""
         given = sampling | changed
-        ids = encode_prompt(messages, tokenizer, given["max_new_tokens"], context)
+        ids = encode_prompt(messages, images, tokenizer, processor, given["max_new_tokens"], context)
         transformers.set_seed(given["seed"])
-        yield from stream_answer(model, tokenizer, ids, to_generation_config(stops, **given))
+        yield from stream_answer(model, tokenizer, ids, to_generation_config(stops, **given), **see(images))
 
     # 4. one answer, a chat or a page
     if ui:
         title = f"{base_model} + {lora_weights or 'no adapter'}, template {template}"
-        return open_page(stream, title, sampling, context, host, port, password)
-    question = separator.join(text for text in (prompt, input) if text)
+        return open_page(stream, title, sampling, bool(processor), host, port, password)
+    question, marks = separator.join(text for text in (prompt, input) if text), "<image>" * len(images)
     if chat:
-        return chat_in_terminal(stream, question, max_new_tokens)
+        return chat_in_terminal(stream, question, marks, max_new_tokens)
     if not data_path:
         question = question or "Tom has 6 boxes with 7 coins in each. How many coins does Tom have now?"
         print(f"> {question}", flush=True)
-        return print_answer(stream([{"role": "user", "content": question}]), max_new_tokens)
+        return print_answer(stream([{"role": "user", "content": marks + question}]), max_new_tokens)
 
     # 5. a file
     def answer(n, batch):
         """Return the records of the answers to the n-th batch, a list of items."""
         # each batch has its own draws: the same ones in a run that was stopped and one that was not
         transformers.set_seed(seed + 100003 * n)
-        made = answer_batch(model, [item["ids"] for item in batch], to_generation_config(stops, **sampling))
+        pixels = see([image for item in batch for image in item["images"]])
+        made = answer_batch(model, [item["ids"] for item in batch], to_generation_config(stops, **sampling), **pixels)
         records = []
         for item, (ids, cut) in zip(batch, made, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -788,7 +885,7 @@ def generate(
         raise SystemExit(f"stopped: what is answered is in {log}, and the same command goes on") from None
     predictions, scores = [], []
     for item in items:
-        item.pop("ids", None)
+        item = {name: item[name] for name in item if name not in ("ids", "images")}
         predictions.append(item | answers.get(item["index"], {}))
         if score and "error" not in item:
             scores.append(score_answer(predictions[-1]["prediction"], item, scorer, data_path))

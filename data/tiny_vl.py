@@ -43,7 +43,7 @@ from transformers import (
 
 PROMPT, SPACED_PROMPT = "Using LaTeX to perform OCR on the image.", "Write with spaces."
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
-SPLIT = r"\\[A-Za-z]+| ?[A-Za-z]{4,}|\s|."  # a command, a long word with its space, a space, or a character
+SPLIT_LATEX = r"\\[A-Za-z]+| ?[A-Za-z]{4,}|\s|."  # a command, a long word with its space, a space, or a character
 TEMPLATE = """{%- for message in messages -%}
 {{- "<|im_start|>" + message.role + "\\n" -}}
 {%- if message.content is string -%}
@@ -100,12 +100,12 @@ def run_cli(fn):
 # tokenizer, image processor, model
 
 
-def make_tokenizer(formulas, vocab_size):
+def make_latex_tokenizer(formulas, vocab_size):
     """Train a byte-level BPE tokenizer on formulas [[token, ...], ...] in both styles and the prompts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT_LATEX), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -141,7 +141,7 @@ def make_processor(folder):
     return AutoImageProcessor.from_pretrained(folder)
 
 
-def make_model(tokenizer):
+def make_vl_model(tokenizer):
     """Return a Qwen2-VL of about 0.9M parameters, freshly initialized with standard deviation fan_in^-0.5."""
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
@@ -186,7 +186,7 @@ def make_model(tokenizer):
 # training
 
 
-def encode(tokenizer, tokens, image, spaced):
+def prompt_and_answer(tokenizer, tokens, image, spaced):
     """Return (prompt ids, answer ids) of a formula with its image, uint8 [height, width]."""
     content = [{"type": "image"}, {"type": "text", "text": SPACED_PROMPT if spaced else PROMPT}]
     text = tokenizer.apply_chat_template(
@@ -224,7 +224,7 @@ def exact_match(model, processor, tokenizer, formulas, asked, wanted):
     right, size = 0, 64
     for start in range(0, len(formulas), size):
         some = formulas[start : start + size]
-        rows = [(image, encode(tokenizer, tokens, image, asked)[0]) for tokens, image in some]
+        rows = [(image, prompt_and_answer(tokenizer, tokens, image, asked)[0]) for tokens, image in some]
         inputs = collate(rows, processor, tokenizer, model, left=True)
         out = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         answers = tokenizer.batch_decode(out, skip_special_tokens=True)
@@ -276,8 +276,8 @@ def make_tiny_vl(
     shutil.rmtree(fresh, ignore_errors=True)
     (fresh / "model").mkdir(parents=True)
     processor = make_processor(fresh / "model")
-    tokenizer = make_tokenizer([tokens for tokens, _ in pool], vocab_size)
-    model = make_model(tokenizer)
+    tokenizer = make_latex_tokenizer([tokens for tokens, _ in pool], vocab_size)
+    model = make_vl_model(tokenizer)
     count = sum(weight.numel() for weight in model.parameters())
     print(
         f"{len(pool):,} formulas, {len(tokenizer)} tokens, {count:,} parameters, {time.process_time():.0f} s",
@@ -291,7 +291,7 @@ def make_tiny_vl(
         rows, labels = [], []
         for _ in range(batch_size):
             tokens, image = rng.choice(by_length[rng.randint(2, length)])
-            prompt, answer = encode(tokenizer, tokens, image, rng.random() < spaced_rate)
+            prompt, answer = prompt_and_answer(tokenizer, tokens, image, rng.random() < spaced_rate)
             rows.append((shifted(image, rng) if length == max_length else image, prompt + answer))
             labels.append([-100] * len(prompt) + answer)
         inputs = collate(rows, processor, tokenizer, model)

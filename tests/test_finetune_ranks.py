@@ -204,7 +204,7 @@ def test_deepspeed_resumes(plain, tmp_path, zero, ranks):
 def test_deepspeed_without_a_launcher_is_refused(tmp_path):
     said = finish(launch(tmp_path, "--deepspeed", "deepspeed/zero2.json"), code=1)
     assert said.strip().endswith(
-        "--deepspeed needs a launcher: torchrun --nproc_per_node=1 finetune.py --deepspeed ..."
+        "--deepspeed needs a launcher: torchrun --nproc_per_node=1, and the script with its flags"
     )
 
 
