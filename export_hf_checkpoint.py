@@ -37,11 +37,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 import fire
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,6 +54,7 @@ STORED |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.
 PIECE = 2**18  # elements worked on at a time: a megabyte of float32, which stays in a cache
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 TOKENIZER_FILES += ("*.tiktoken", "spiece.model", "chat_template.*", "additional_chat_templates/*")
+TOKENIZER_FILES += ("*processor_config.json",)  # of a model that takes images
 GGUF_NAMES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model type: llama.cpp's
 # how byte-level tokenizers split text into words, by llama.cpp's names
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -246,8 +249,9 @@ class Checkpoint:
         self.folder, self.stored, self.replaced, self.memory = Path(folder), {}, {}, torch.empty(0)
         try:
             self.config = transformers.AutoConfig.from_pretrained(folder)
+            auto = AutoModelForImageTextToText if "_vl" in self.config.model_type else AutoModelForCausalLM
             with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+                self.model = auto.from_config(self.config, dtype=torch.float32).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: not a language model that transformers can load: {error}") from error
         for path in weight_files(self.folder, allow_pickle):
@@ -819,7 +823,6 @@ def gguf_settings(config, writer):
 def write_gguf(checkpoint, path, kind, name):
     """Write a checkpoint as a GGUF file with weights of type `kind`, a tensor at a time; returns a warning, or ""."""
     import gguf
-    import numpy as np
 
     config, arch = checkpoint.config, GGUF_NAMES[checkpoint.config.model_type]
     if any(getattr(config, flag, False) for flag in ("mlp_bias", "use_sliding_window")) or (
@@ -997,9 +1000,28 @@ def check_prompts(folder, vocab_size):
     return torch.tensor([ids[-length:] for ids in rows])  # [B, T]: the ends, for they differ
 
 
+def image_prompt(folder, config):
+    """Return the inputs of an image and some tokens after it; None for a model that takes no images."""
+    if "_vl" not in config.model_type:
+        return None
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no image processor for the check (preprocessor_config.json): {error}") from None
+    noise = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
+    inputs = processor(images=[Image.fromarray(noise)], return_tensors="pt")
+    pads = int(inputs["image_grid_thw"].prod()) // processor.merge_size**2
+    ids = [config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id, *range(10, 34)]
+    inputs["input_ids"] = torch.tensor([ids])
+    inputs["mm_token_type_ids"] = inputs["input_ids"].eq(config.image_token_id).int()
+    return inputs
+
+
 @torch.no_grad()
-def logits_of(model, ids):
-    return model(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # [B * T, V]
+def logits_of(model, ids, picture=None):
+    """Return the logits [N, V] of token ids [B, T] and, where there is one, of `image_prompt`."""
+    logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    return torch.cat([logits, model(**picture, use_cache=False).logits[0]]) if picture else logits
 
 
 def compare(reference, other):
@@ -1022,18 +1044,20 @@ def self_check(base, adapter, folder, with_effect):
     Quantized weights are multiplied out first; that runtimes quantize activations too is not part of it.
     """
     ids = check_prompts(folder, base.config.get_text_config().vocab_size)
+    picture = image_prompt(folder, base.config)
     model, names = base.model, {id(module): name for name, module in base.model.named_modules()}
     if adapter:
         model, names = adapter.model, adapter.names
     fetch_while_running(model, names, base.fetch)
-    reference = logits_of(model, ids)
+    reference = logits_of(model, ids, picture)
     effect = None
     if adapter and with_effect:
         with adapter.model.disable_adapter():
-            effect = compare(reference, logits_of(model, ids))["kl"]
+            effect = compare(reference, logits_of(model, ids, picture))["kl"]
     written = Checkpoint(folder)
     fetch_while_running(written.model, {id(m): name for name, m in written.model.named_modules()}, written.fetch)
-    return compare(reference, logits_of(written.model, ids)) | {"effect": effect, "tokens": ids.numel()}
+    found = compare(reference, logits_of(written.model, ids, picture))
+    return found | {"effect": effect, "tokens": len(reference)}
 
 
 # -----------------------------------------------------------------------------
@@ -1117,6 +1141,8 @@ def write_weights(base, adapter, folder, limit, dtype, method, linears):
 
 def write_metadata(base, lora_weights, tokenizer, folder, untied, dtype, method, ignored):
     """Write everything but the weights that loading needs; config.json last. Returns the stop ids."""
+    for path in base.folder.glob("*processor_config.json"):
+        shutil.copyfile(path, folder / path.name)
     copy_tokenizer(tokenizer, folder)
     sources = [Path(place) / "generation_config.json" for place in (lora_weights, base.folder) if place]
     generation = next((path for path in sources if path.exists()), None)

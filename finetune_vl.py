@@ -661,8 +661,8 @@ def train(
     Without any flag it trains the embedded tiny model on the embedded formulas, in a minute on a laptop CPU.
 
     Args:
-        base_model: hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        data_path: data file or hub id, in a form of data/README.md; paths of images are seen from the file's folder.
+        base_model: hub id or folder of the model.
+        data_path: data file or hub id, in any of the forms of data/README.md.
         output_dir: where everything of this run is written.
         prompt: what the user asks where a row has only image and text.
         min_pixels: smaller images are enlarged to this; 0 for the model's own setting.
@@ -709,7 +709,9 @@ def train(
     # peft asks for a renamed property, and create_scheduler takes a step ahead
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|Detected call of .lr_scheduler.step")
     base = str(local_path(base_model) or base_model)
-    limits = {name: flags[name] for name in ("min_pixels", "max_pixels") if flags[name]}
+    limits = {"min_pixels": min_pixels} if min_pixels else {}
+    if max_pixels:
+        limits["max_pixels"] = max_pixels
     try:
         config = transformers.AutoConfig.from_pretrained(base)
         if config.model_type not in FAMILIES:

@@ -70,7 +70,6 @@ ROLE_NAMES = {
     "gpt": "assistant",
 }
 BUILT_IN = ("gsm8k_strict", "gsm8k_flexible", "exact", "rouge", "latex")  # scores
-SAMPLING = "max_new_tokens temperature top_p top_k num_beams repetition_penalty seed".split()
 
 # -----------------------------------------------------------------------------
 # shared with the other scripts, word for word: tests/test_copies.py compares them
@@ -300,8 +299,10 @@ def latex(answer, reference):
 
     The first two also without white space, which means nothing in LaTeX but where a letter follows a command.
     """
-    tokens = [" ".join(re.findall(r"\\[A-Za-z]+|\S", text)) for text in (answer, reference)]
-    tight = [re.sub(r"\s", "", text) for text in (answer, reference)]
+    tokens, tight = [], []
+    for text in (answer, reference):
+        tokens.append(" ".join(re.findall(r"\\[A-Za-z]+|\S", text)))
+        tight.append(re.sub(r"\s", "", text))
     return {
         "score": float(answer == reference),
         "edit_distance": Levenshtein.normalized_distance(answer, reference),
@@ -333,7 +334,12 @@ def score_answer(answer, item, score, source):
         return {"rouge": rouge, "latex": latex}[score](answer, reference)
     if not callable(score):
         return {"score": compute_score(answer, final_number(reference, "strict"), score.removeprefix("gsm8k_"))}
-    found = score(data_source=source, solution_str=answer, ground_truth=reference, extra_info={"index": item["index"]})
+    found = score(
+        data_source=source,
+        solution_str=answer,
+        ground_truth=reference,
+        extra_info={"index": item["index"]},
+    )
     if not isinstance(found, dict):
         found = {"score": found}
     return found | {"score": float(found["score"])}
@@ -613,20 +619,18 @@ def open_page(stream, title, sampling, sees, host, port, password):
 
     def reply(asked, history, *values):
         messages, images = [], []
-        parts = [asked["text"], *[{"file": {"path": path}} for path in asked["files"]]] if sees else asked
-        for turn in [*history, {"role": "user", "content": parts}]:
-            marks, text = "", ""
-            for part in turn["content"]:
-                if isinstance(part, str):
-                    text += part
-                elif "file" in part:
-                    marks += "<image>"
-                    images.append(part["file"]["path"])
-                else:
-                    text += part["text"]
-            messages.append({"role": turn["role"], "content": marks + text})
+        content = [{"text": asked["text"] if sees else asked}]
+        if sees:
+            content += [{"file": {"path": path}} for path in asked["files"]]
+        for turn in [*history, {"role": "user", "content": content}]:
+            seen = [part["file"]["path"] for part in turn["content"] if "file" in part]
+            text = "".join(part["text"] for part in turn["content"] if "text" in part)
+            messages.append({"role": turn["role"], "content": "<image>" * len(seen) + text})
+            images += seen
         try:
-            given = {name: type(sampling[name])(value) for name, value in zip(sampling, values, strict=True)}
+            given = {}
+            for name, value in zip(sampling, values, strict=True):
+                given[name] = type(sampling[name])(value)
             check_sampling(**given)
             for answer, cut in stream(messages, images, **given):  # noqa: B007
                 yield answer
@@ -635,6 +639,9 @@ def open_page(stream, title, sampling, sees, host, port, password):
         if cut:
             gradio.Info("The answer was cut at max new tokens.")
 
+    controls = []
+    for name, value in sampling.items():
+        controls.append(gradio.Number(value, label=name.replace("_", " ")))
     gradio.ChatInterface(
         reply,
         title="looseleaf",
@@ -642,7 +649,7 @@ def open_page(stream, title, sampling, sees, host, port, password):
         multimodal=sees,
         # as the model wrote it: Markdown would take "#### 42" for a heading
         chatbot=gradio.Chatbot(render_markdown=False),
-        additional_inputs=[gradio.Number(value, label=name.replace("_", " ")) for name, value in sampling.items()],
+        additional_inputs=controls,
         additional_inputs_accordion="sampling",
         concurrency_limit=1,
         api_visibility="private",
@@ -721,15 +728,23 @@ def generate(
         load_in_8bit: quantize the base to int8 with bitsandbytes.
         load_in_4bit: quantize the base to NF4 with bitsandbytes (QLoRA).
     """
-    flags = dict(locals())
-
     # 1. check flags
-    sampling = {name: flags[name] for name in SAMPLING}
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
     check_sampling(**sampling)
     if chat + bool(data_path) + ui > 1:
         raise ValueError("--prompt or --chat, --data_path, --ui: one at a time")
-    if (score or overwrite or max_samples) and not data_path or (input or image) and (data_path or not prompt):
-        raise ValueError("--score, --overwrite, --max_samples go with --data_path, --input and --image with --prompt")
+    if (score or overwrite or max_samples) and not data_path:
+        raise ValueError("--score, --overwrite, --max_samples go with --data_path")
+    if (input or image) and (data_path or not prompt):
+        raise ValueError("--input and --image go with --prompt")
     if micro_batch_size < 1:
         raise ValueError(f"--micro_batch_size {micro_batch_size} must be at least 1")
     scorer = load_function(score) if ".py:" in score else score
@@ -740,7 +755,9 @@ def generate(
         check_address(host, password)
         if not importlib.util.find_spec("gradio"):
             raise ValueError("--ui needs gradio: pip install gradio, or the exact set of requirements-ui.txt")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -858,7 +875,8 @@ def generate(
     if ui:
         title = f"{base_model} + {lora_weights or 'no adapter'}, template {template}"
         return open_page(stream, title, sampling, bool(processor), host, port, password)
-    question, marks = separator.join(text for text in (prompt, input) if text), "<image>" * len(images)
+    question = separator.join(text for text in (prompt, input) if text)
+    marks = "<image>" * len(images)
     if chat:
         return chat_in_terminal(stream, question, marks, max_new_tokens)
     if not data_path:
@@ -872,11 +890,18 @@ def generate(
         # each batch has its own draws: the same ones in a run that was stopped and one that was not
         transformers.set_seed(seed + 100003 * n)
         pixels = see([image for item in batch for image in item["images"]])
-        made = answer_batch(model, [item["ids"] for item in batch], to_generation_config(stops, **sampling), **pixels)
+        prompts = [item["ids"] for item in batch]
+        made = answer_batch(model, prompts, to_generation_config(stops, **sampling), **pixels)
         records = []
         for item, (ids, cut) in zip(batch, made, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            records.append({"index": item["index"], "prediction": text, "cut": cut, "tokens": len(ids)})
+            record = {
+                "index": item["index"],
+                "prediction": text,
+                "cut": cut,
+                "tokens": len(ids),
+            }
+            records.append(record)
         return records
 
     try:

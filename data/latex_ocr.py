@@ -171,12 +171,13 @@ def png(image):
 
 
 def rendered(train_size, test_size, max_length, seed):
-    """Return {"train", "test"} of (PNG bytes, text with spaces), no formula of one in the other."""
+    """Yield (split, row number, bytes of a PNG file, text) of random formulas, none of the test split in the other."""
     rng = random.Random(seed)
     test = draw_images(rng, test_size, max_length)
     train = draw_images(rng, train_size, max_length, exclude=test)
-    made = {"train": train, "test": test}
-    return {name: [(png(image), text) for text, (_, image) in split.items()] for name, split in made.items()}
+    for name, found in (("train", train), ("test", test)):
+        for i, (text, (_, image)) in enumerate(found.items()):
+            yield name, i + 1, png(image), text
 
 
 def loaded(data_path, subset):
@@ -193,11 +194,8 @@ def loaded(data_path, subset):
         if not {"image", "text"} <= set(split.column_names):
             raise ValueError(f"--data_path {data_path}: columns {split.column_names}, image and text are needed")
         for i, row in enumerate(split.cast_column("image", datasets.Image(decode=False))):
-            image = row["image"] or {}
-            content = image.get("bytes")
-            if content is None and image.get("path"):
-                content = Path(image["path"]).read_bytes()
-            yield name, i + 1, content, (row["text"] or "").strip()
+            image, text = row["image"] or {}, row["text"] or ""
+            yield name, i + 1, image.get("bytes"), text.strip()
 
 
 def write_latex_ocr(
@@ -238,8 +236,7 @@ def write_latex_ocr(
     if data_path:
         rows = loaded(data_path, subset)
     else:
-        made = rendered(train_size, test_size, max_length, seed)
-        rows = ((name, i + 1, *row) for name, split in made.items() for i, row in enumerate(split))
+        rows = rendered(train_size, test_size, max_length, seed)
     for name, number, content, text in rows:
         try:
             if not text:
@@ -255,7 +252,10 @@ def write_latex_ocr(
         counts[name] = counts.get(name, 0) + 1
         file = f"images/{name}-{number:06d}.{suffix}"
         (partial / file).write_bytes(content)
-        messages = [{"role": "user", "content": f"<image>{prompt}"}, {"role": "assistant", "content": text}]
+        messages = [
+            {"role": "user", "content": f"<image>{prompt}"},
+            {"role": "assistant", "content": text},
+        ]
         with open(partial / f"{name}.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"messages": messages, "images": [file]}, ensure_ascii=False) + "\n")
     if not counts:

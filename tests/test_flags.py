@@ -20,6 +20,8 @@ SAME_NAME_OTHER_HELP = {  # {flag: why its help text must differ between the scr
     "temperature": "generate.py takes 0 for greedy; a policy that is trained must sample",
     "lr_scheduler_type": "ppo_gsm8k.py has no warmup, and three schedules of its own",
     "lora_r": "ppo_gsm8k.py takes 0 for training all weights",
+    "lora_alpha": "finetune_vl.py has no --use_rslora",
+    "prompt": "generate.py asks it where there is no file, too",
 }
 
 

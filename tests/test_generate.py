@@ -947,7 +947,7 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         ({"prompt": "a", "data_path": "b"}, "--prompt or --chat, --data_path, --ui: one at a time"),
         ({"chat": True, "ui": True}, "one at a time"),
         ({"chat": True, "data_path": "x"}, "one at a time"),
-        ({"input": "a"}, "--input and --image with --prompt"),
+        ({"input": "a"}, "--input and --image go with --prompt"),
         ({"score": "exact"}, "--score, --overwrite, --max_samples go with --data_path"),
         ({"overwrite": True}, "--score, --overwrite, --max_samples go with --data_path"),
         ({"max_samples": 4}, "--score, --overwrite, --max_samples go with --data_path"),

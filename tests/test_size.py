@@ -16,19 +16,21 @@ from test_flags import ROOT, SCRIPTS, entry_function
 
 BUDGETS = {
     "finetune.py": 5_500,
-    "generate.py": 5_200,
+    "finetune_vl.py": 6_000,
+    "generate.py": 5_950,  # 5,200 before it read images: 300 are finetune_vl.py's helpers, 110 the scores of formulas
     "data/prepare.py": 2_000,
     "data/gsm8k.py": 1_000,
+    "data/latex_ocr.py": 1_700,
+    "data/tiny_vl.py": 2_300,
     # not rewritten yet: they may not grow
     "ppo_gsm8k.py": 17_600,
-    "export_hf_checkpoint.py": 11_000,
+    "export_hf_checkpoint.py": 11_300,  # 11,000 before it merged models that take images, and checked them with one
     "export_state_dict.py": 3_400,
     "data/tiny.py": 2_450,
 }
-REWRITTEN = [
-    name for name in BUDGETS if BUDGETS[name] <= 5_500 and name not in ("export_state_dict.py", "data/tiny.py")
-]
-ENTRY_LINES = {"finetune.py": 300}
+OLD = ("ppo_gsm8k.py", "export_hf_checkpoint.py", "export_state_dict.py", "data/tiny.py")
+REWRITTEN = [name for name in BUDGETS if name not in OLD]
+ENTRY_LINES = {"finetune.py": 300, "finetune_vl.py": 312, "generate.py": 275}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
