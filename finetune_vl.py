@@ -824,7 +824,7 @@ def train(
                 bnb_4bit_quant_type="nf4",  # with double quantization as in QLoRA (Dettmers et al. 2023, 2305.14314)
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=["visual", "lm_head"],
+                llm_int8_skip_modules=["model.visual", "lm_head"],
             )
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",

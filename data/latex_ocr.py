@@ -91,7 +91,7 @@ def local_path(path):
 # formulas
 
 
-def draw_formula(rng, depth=2):
+def draw_formula(rng, depth=1):
     """Return the LaTeX tokens of a random formula: one to four terms, joined by an operator or by nothing."""
     tokens = []
     for k in range(rng.choice([1, 1, 2, 2, 3, 4])):
@@ -99,7 +99,8 @@ def draw_formula(rng, depth=2):
             tokens.append(rng.choice("+-="))
         kind = rng.random() if depth else 1.0
         if kind < 0.12:
-            tokens += [r"\frac", "{", *draw_formula(rng, 0), "}", "{", *draw_formula(rng, 0), "}"]
+            above, below = (rng.choices(ATOMS, k=rng.choice([1, 1, 2])) for _ in range(2))
+            tokens += [r"\frac", "{", *above, "}", "{", *below, "}"]
         elif kind < 0.22:
             tokens += [r"\sqrt", "{", *draw_formula(rng, depth - 1), "}"]
         elif kind < 0.28:
@@ -107,7 +108,7 @@ def draw_formula(rng, depth=2):
         elif kind < 0.42:
             tokens += [rng.choice(FUNCTIONS), rng.choice(ATOMS)]
         elif kind < 0.62:
-            tokens += [rng.choice(ATOMS), rng.choice("^_"), "{", *rng.choices(ATOMS, k=rng.choice([1, 1, 2])), "}"]
+            tokens += [rng.choice(ATOMS), rng.choice("^_"), "{", rng.choice(ATOMS), "}"]
         else:
             tokens.append(rng.choice(ATOMS))
     return tokens
@@ -144,6 +145,7 @@ def render(tokens):
 def draw_images(rng, count, max_length, exclude=()):
     """Return `count` different formulas {text with spaces: (tokens, image)} of 2 to max_length tokens.
 
+    None has the same text without spaces, as \\sin x would have.
     Every length is as frequent as the others, as far as there are so many formulas of it.
     """
     found = {}
@@ -153,7 +155,9 @@ def draw_images(rng, count, max_length, exclude=()):
         while len(tokens) != length:
             tokens = draw_formula(rng)
         text = " ".join(tokens)
-        image = None if text in found or text in exclude else render(tokens)
+        if text in found or text in exclude or text == compact(tokens):
+            continue
+        image = render(tokens)
         if image is not None:
             found[text] = tokens, image
     return found

@@ -163,11 +163,11 @@ def test_the_page_streams_an_answer_and_its_controls_act(served, page, tmp_path,
     send(page, "And with 8?", spoken[3]["content"])  # the page remembers as the terminal does
 
     page.goto(url)  # a new conversation
-    page.get_by_label("number input for max new tokens").fill("3")
+    page.get_by_label("max new tokens").fill("3")
     page.keyboard.press("Tab")
     send(page, QUESTION, answer_of(QUESTION, max_new_tokens=3))
     page.get_by_text("The answer was cut at max new tokens.").wait_for()
-    page.get_by_label("number input for top k").fill("5")
+    page.get_by_label("top k").fill("5")
     page.keyboard.press("Tab")
     box.fill("Hi")
     page.keyboard.press("Enter")
@@ -201,7 +201,7 @@ def test_a_page_with_a_password_lets_nobody_else_in(served, page):
 def test_an_answer_ends_with_its_stop_button_or_its_page(page):
     steps = []
 
-    def stream(messages, **sampling):
+    def stream(messages, images, **sampling):
         try:
             for n in range(600):
                 steps.append(n)
@@ -215,7 +215,7 @@ def test_an_answer_ends_with_its_stop_button_or_its_page(page):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    args = (stream, "a model", sampling, 100, "127.0.0.1", port, "")
+    args = (stream, "a model", sampling, False, "127.0.0.1", port, "")
     threading.Thread(target=script.open_page, args=args, daemon=True).start()
     for end in (lambda: page.locator("button.stop-button").click(), page.close):
         while True:
