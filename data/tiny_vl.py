@@ -292,7 +292,9 @@ def make_tiny_vl(
         for _ in range(batch_size):
             tokens, image = rng.choice(by_length[rng.randint(2, length)])
             prompt, answer = prompt_and_answer(tokenizer, tokens, image, rng.random() < spaced_rate)
-            rows.append((shifted(image, rng) if length == max_length else image, prompt + answer))
+            if length == max_length:
+                image = shifted(image, rng)
+            rows.append((image, prompt + answer))
             labels.append([-100] * len(prompt) + answer)
         inputs = collate(rows, processor, tokenizer, model)
         longest = inputs["input_ids"].shape[1]

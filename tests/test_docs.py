@@ -19,6 +19,7 @@ EXTENSIONS = "py md json jsonl jinja txt toml yaml yml sh cfg ini lock ipynb par
 # what runs and other projects write: a path in `backticks` that fits one of these need not be in the repository
 GENERATED = (
     "out/*",
+    "images/",
     "*.incomplete/",
     "data/gsm8k/*.parquet",
     "data/gsm8k/",
@@ -49,7 +50,8 @@ GENERATED_EXTENSIONS = ("safetensors", "pth", "pt")
 FOREIGN_FLAGS = """
     standalone nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id
     no-build-isolation no-deps help version
-""".split()  # torchrun's, pip's
+    model_type sft_type eval_steps dataset_test_ratio merge_lora ckpt_dir load_dataset_config
+""".split()  # torchrun's, pip's, ms-swift's
 
 
 def markdown_files():
