@@ -13,10 +13,10 @@ LoRA and QLoRA supervised fine-tuning of Qwen2-VL, Qwen2.5-VL and Qwen3-VL on co
     sharded  torchrun --nproc_per_node=8 finetune_vl.py --deepspeed deepspeed/zero3.json --base_model ...
     no GPU   python finetune_vl.py
 
-finetune.py with images: an example's images are told from their headers when it is tokenized, decoded when its
-micro-batch is made, and forgotten after it. The examples of a micro-batch lie end to end in one row without padding
-and attend to themselves only, each with its own rotary positions; the output layer sees the labeled positions only, in
-chunks; every label of a step weighs the same, however the step is split.
+finetune.py with images: an example's images are opened when it is tokenized, for their size, opened again when the
+micro-batches of its step are made, and forgotten after it. The examples of a micro-batch lie end to end in one row
+without padding and attend to themselves only, each with its own rotary positions; the output layer sees the labeled
+positions only, in chunks; every label of a step weighs the same, however the step is split.
 
 Shapes in comments: N tokens of a packed row, L labels, H heads, D hidden or head size, V vocabulary, P image patches.
 """
@@ -192,7 +192,7 @@ def to_messages(row, separator="\n"):
 def open_image(image):
     """Return the PIL image of a file's bytes or of a path, turned as its EXIF header says.
 
-    Pixels are not decoded before they are used, except where it is turned.
+    This decodes it, so that half a file is refused before the model is loaded.
     """
     try:
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)

@@ -224,7 +224,7 @@ def compute_score(solution_str, ground_truth, method="strict"):
 def open_image(image):
     """Return the PIL image of a file's bytes or of a path, turned as its EXIF header says.
 
-    Pixels are not decoded before they are used, except where it is turned.
+    This decodes it, so that half a file is refused before the model is loaded.
     """
     try:
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
