@@ -211,7 +211,7 @@ def to_conversation(row, prompt, folder, separator="\n"):
     for image in row.get("images") or filter(None, [row.get("image")]):
         known = image if isinstance(image, dict) else {"path": image}
         images.append(known.get("bytes") or str(folder / known["path"]))
-    if "text" in row:
+    if row.get("text"):
         row = {"question": f"<image>{prompt}", "answer": row["text"]}
     messages = to_messages(row | {"images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))

@@ -243,7 +243,7 @@ def to_conversation(row, prompt, folder, separator="\n"):
     for image in row.get("images") or filter(None, [row.get("image")]):
         known = image if isinstance(image, dict) else {"path": image}
         images.append(known.get("bytes") or str(folder / known["path"]))
-    if "text" in row:
+    if row.get("text"):
         row = {"question": f"<image>{prompt}", "answer": row["text"]}
     messages = to_messages(row | {"images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
@@ -440,10 +440,8 @@ def to_generation_config(stops, temperature, top_p, top_k, seed, **settings):
 def encode_prompt(messages, images, tokenizer, processor, max_new_tokens, context):
     """Return the ids of a conversation as the chat template renders it, up to where the answer starts.
 
-    images are those of its <image> marks, and processor is None for a model that takes none.
+    images are those of its <image> marks.
     """
-    if images and not processor:
-        raise ValueError(f"{len(images)} images, and a model that reads text only")
     try:
         messages = with_image_tokens(messages, map(open_image, images), processor) if images else messages
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
@@ -780,7 +778,11 @@ def generate(
     if config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a small model gains little from a second thread, and waits for it on a busy machine
     if prompt and (ui or data_path and not processor):
-        raise ValueError(f"--prompt or --chat, --data_path, --ui: one at a time, and {base_model} takes no images")
+        raise ValueError("--prompt or --chat, --data_path, --ui: one at a time; rows of image and text take a --prompt")
+    if images and not processor:
+        raise ValueError(f"--image {image}: {base_model} reads text only")
+    for path in images:
+        open_image(path)  # an error before the model is loaded
     context = getattr(config, "max_position_embeddings", None) or 2**20
     print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {dtype}  template {template}")
 
