@@ -925,7 +925,10 @@ def train(
         run |= {"status": "finished", "best_checkpoint": best.name, "metrics": metrics}
         write_json(out / "run.json", run)
         print(json.dumps(metrics))
-        print(f"wrote {out}: adapter/ (from {best.name})\nNext: python generate.py --lora_weights {out}/adapter")
+        print(
+            f"wrote {out}: adapter/ (from {best.name})\n"
+            f"Next: python generate.py --lora_weights {out}/adapter --image FILE --prompt TEXT"
+        )
     return metrics
 
 
