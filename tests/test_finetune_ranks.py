@@ -234,7 +234,7 @@ def kill(event, values):
     if event == EVENT and str(values[0]).endswith(PATH):
         seen += 1
         if seen == COUNT:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), SIGNAL)
 sys.addaudithook(kill)
 finetune.run_cli(finetune.train)
 """
@@ -260,12 +260,18 @@ def assert_same_run(folder, other):
     assert not list(folder.glob("*.incomplete"))
 
 
+def signalled(folder, out, event, path, count, number):
+    """Start finetune.py so that it gets a signal at the audit event `event` on a path, the count-th time."""
+    script = folder / "signalled.py"
+    values = {"EVENT": event, "PATH": path, "COUNT": count, "SIGNAL": int(number), "ROOT": str(ROOT)}
+    script.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()) + KILLED)
+    return launch(out, script=str(script))
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_resume_is_the_run_that_was_never_killed(plain, tmp_path, moment):
-    script, out = tmp_path / "killed.py", tmp_path / "out"
-    values = dict(zip(("EVENT", "PATH", "COUNT"), MOMENTS[moment], strict=True)) | {"ROOT": str(ROOT)}
-    script.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()) + KILLED)
-    finish(launch(out, script=str(script)), code=-signal.SIGKILL)
+    out = tmp_path / "out"
+    finish(signalled(tmp_path, out, *MOMENTS[moment], signal.SIGKILL), code=-signal.SIGKILL)
     finish(launch(out, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, plain)
 
@@ -297,13 +303,11 @@ def test_kill_9_with_dropout_and_noise_on_two_ranks(tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(plain, tmp_path):
-    process = launch(tmp_path)
-    wait_for((tmp_path / "checkpoint-2" / "trainer_state.json").exists, process)
-    process.send_signal(signal.SIGINT)
-    said = finish(process, code=130)
+    out = tmp_path / "out"
+    said = finish(signalled(tmp_path, out, "open", "log.jsonl", 5, signal.SIGINT), code=130)  # after checkpoint-2
     assert "--resume_from_checkpoint auto goes on" in said and "Traceback" not in said
-    finish(launch(tmp_path, "--resume_from_checkpoint", "auto"))
-    assert_same_run(tmp_path, plain)
+    finish(launch(out, "--resume_from_checkpoint", "auto"))
+    assert_same_run(out, plain)
 
 
 # -----------------------------------------------------------------------------
