@@ -64,6 +64,7 @@ HERE = Path(__file__).resolve().parent
 LOGITS_AT_ONCE = 2**26  # entries of a chunk of logits: 256 MB in float32
 ROWS_AT_ONCE = 256  # sequences that one device decodes at a time
 PATIENCE = 300  # seconds in which a rollout server must answer
+RETRIES = 12  # of a request to a server that is not there: after 0, 2, 4, 8, 16, 30, 30, ... seconds, 4 minutes in all
 CHOICES = {
     "adv_estimator": ("gae", "grpo", "rloo", "reinforce_plus_plus"),
     "lr_scheduler_type": ("linear", "constant"),
@@ -190,16 +191,17 @@ def read_problems(source, tokenizer, max_prompt_length):
         if path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
         else:
-            rows = map(json.loads, path.read_text("utf-8-sig").strip().split("\n"))
+            rows = path.read_text("utf-8-sig").strip().split("\n")
         for row in rows:
             number += 1
+            row = json.loads(row) if path.suffix == ".jsonl" else row
             problem = to_problem(row, tokenizer) | {"where": f"{source}, row {number}"}
             if len(problem["prompt"]) <= max_prompt_length:
                 problems.append(problem)
     except Exception as error:  # ours, json's, pyarrow's, and whatever a row of another form leads to
         raise ValueError(
-            f"{source}, row {number} or the next: neither verl's prompt and reward_model, as data/gsm8k.py writes, nor "
-            f"question and answer: {error!r}"
+            f"{source}, row {number}: neither verl's prompt and reward_model, as data/gsm8k.py writes, nor question "
+            f"and answer: {error!r}"
         ) from error
     if not problems:
         raise ValueError(f"{source}: no prompt of at most --max_prompt_length {max_prompt_length} tokens in it")
@@ -358,8 +360,8 @@ def agg_loss(loss, mask, mode, num_tokens, num_sequences, horizon):
     """Return the per-token losses [B, T] as one number, by verl's name of the way.
 
     token-mean: over all tokens. seq-mean-token-sum, seq-mean-token-mean: a response's sum or mean, then the mean over
-    responses. seq-mean-token-sum-norm: all summed, over the longest possible response (Dr. GRPO, arXiv:2503.20783).
-    The counts are those of the whole mini-batch: then its parts' losses add up to its loss, however it is cut.
+    responses. seq-mean-token-sum-norm: the former over the longest possible response (Dr. GRPO, arXiv:2503.20783). The
+    counts are those of the whole mini-batch: then its parts' losses add up to its loss, however it is cut.
     horizon is the longest possible response.
     """
     sums = (loss * mask).sum(-1)  # [B]
@@ -369,7 +371,7 @@ def agg_loss(loss, mask, mode, num_tokens, num_sequences, horizon):
         return sums.sum() / num_sequences
     if mode == "seq-mean-token-mean":
         return (sums / mask.sum(-1).clamp(min=1)).sum() / num_sequences
-    return sums.sum() / horizon
+    return sums.sum() / num_sequences / horizon
 
 
 def compute_policy_loss(
@@ -625,6 +627,15 @@ class LocalRollout:
         return [made[row] for row in range(len(prompts))]
 
 
+def serve_command(base, lora_r, dtype):
+    """Return the command that starts a vLLM server for this run."""
+    rank = min(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= lora_r)
+    return (
+        f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {base} --enable-lora --max-lora-rank {rank} --max-loras 2 "
+        f"--logprobs-mode processed_logprobs --generation-config vllm --dtype {dtype}"
+    )
+
+
 class ServerRollout:
     """Samples on vLLM servers, to which each step's adapter goes as a folder under a name of its own.
 
@@ -644,15 +655,11 @@ class ServerRollout:
             "stop_token_ids": stops,
             "logit_bias": dict.fromkeys(padding, -100.0),  # ids that the tokenizer lacks
         }
-        retry = Retry(
-            15,
-            backoff_factor=1,
-            backoff_max=30,
-            status_forcelist=[500, 502, 503],
-            allowed_methods=None,
-        )
+        retry = Retry(RETRIES, backoff_factor=1, backoff_max=30, status_forcelist=[500, 502, 503], allowed_methods=None)
         self.session = requests.Session()
-        self.session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=ROWS_AT_ONCE, max_retries=retry))
+        for scheme in ("http://", "https://"):
+            adapter = requests.adapters.HTTPAdapter(pool_maxsize=ROWS_AT_ONCE, max_retries=retry)
+            self.session.mount(scheme, adapter)
 
     def post(self, url, path, **body):
         """Return a server's response, asked again for some minutes where there is none."""
@@ -669,19 +676,23 @@ class ServerRollout:
         path = str((self.folder / self.name).resolve())
         answer = self.post(url, "/v1/load_lora_adapter", lora_name=self.name, lora_path=path)
         if not answer.ok and "already" not in answer.text:
-            raise ValueError(f"--rollout_urls {url}: it takes no adapter: {answer.text:.500}")
+            base, lora = self.actor.model.name_or_path, self.actor.model.peft_config["default"]
+            command = serve_command(base, lora.r, str(self.actor.dtype).removeprefix("torch."))
+            raise ValueError(
+                f"--rollout_urls {url}: it takes no adapter: {answer.text:.500}. Start it with\n  {command}"
+            )
 
     def sync(self, step):
-        """Write the actor of now as a new adapter, load it everywhere, and let go of the one before."""
+        """Write the actor of now as a new adapter, and give it to the servers in place of the one before."""
         old = self.name
         self.name = gather_object([f"step-{step}-{time.time_ns()}"])[0]
         if PartialState().is_main_process:
+            for url in self.urls if old else []:
+                self.post(url, "/v1/unload_lora_adapter", lora_name=old)
+            shutil.rmtree(self.folder, ignore_errors=True)  # nobody samples now
             save_actor(self.actor, self.folder / self.name)
             for url in self.urls:
                 self.load(url)
-                if old:
-                    self.post(url, "/v1/unload_lora_adapter", lora_name=old)
-            shutil.rmtree(self.folder / old) if old else None
         PartialState().wait_for_everyone()
 
     def generate(self, prompts, max_tokens, uniforms=None):
@@ -1033,7 +1044,7 @@ def read_log(path):
 def open_log(out, first, run):
     """Make the files of a run that starts at step `first`; return a function that logs a record."""
     if first == 1:
-        for path in [*out.glob("checkpoint-*"), *out.glob("tensorboard"), *out.glob("rollout")]:
+        for path in [*out.glob("checkpoint-*"), *out.glob("tensorboard")]:
             shutil.rmtree(path)
     (out / "val_generations").mkdir(parents=True, exist_ok=True)
     records = read_log(out / "log.jsonl") if first > 1 else []
@@ -1067,10 +1078,12 @@ def batch_metrics(batch, max_response_length):
     """Return what the step's samples were like, over the global batch, under verl's names."""
     mask = batch["mask"]
     lengths = mask.sum(-1).float()
-    diff = (batch["rollout_logprobs"].exp() - batch["old_logprobs"].exp()).abs()
+    diff = (batch["rollout_logprobs"].exp() - batch["old_logprobs"].exp()).abs()[mask]
     metrics = {
         "response_length/clip_ratio": (lengths == max_response_length).float().mean().item(),
         "actor/entropy": masked_mean(batch["entropy"], mask).item(),
+        "training/rollout_probs_diff_mean": diff.mean().item(),
+        "training/rollout_probs_diff_max": diff.max().item(),
     }
     samples = {
         "critic/score": batch["token_level_scores"].sum(-1),
@@ -1078,7 +1091,6 @@ def batch_metrics(batch, max_response_length):
         "critic/advantages": batch["advantages"][mask],
         "critic/returns": batch["returns"][mask],
         "response_length": lengths,
-        "training/rollout_probs_diff": diff[mask],
     }
     if "values" in batch:
         samples["critic/values"] = batch["values"][mask]
@@ -1207,8 +1219,8 @@ def train_ppo(
     out = Path(output_dir)
     if not base_model:
         base_model, lora_weights = "data/tiny/model", lora_weights or "out/finetune/adapter"
-        if not Path(lora_weights).exists():
-            raise ValueError(f"there is no {lora_weights}: run `python finetune.py` first, or give --base_model")
+    if lora_weights and not Path(lora_weights, "adapter_config.json").exists():
+        raise ValueError(f"--lora_weights {lora_weights}: there is no adapter: `python finetune.py` makes one")
     if not train_files:
         train_files, val_files = "data/tiny/train.jsonl", val_files or "data/tiny/test.jsonl"
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1313,7 +1325,9 @@ def train_ppo(
             batch["old_logprobs"], batch["entropy"] = forward_all(batch, plan, actor, response_logprobs, True)
             off = masked_mean((batch["rollout_logprobs"] - batch["old_logprobs"]).abs(), mask)
             if off > 0.05:  # bfloat16 there and float32 here: 0.002
-                raise ValueError(f"--rollout_urls {rollout_urls}: another base: log-probabilities are {off:.3f} off")
+                raise ValueError(
+                    f"--rollout_urls {rollout_urls}: it serves another base: log-probabilities are {off:.3f} off"
+                )
             if "reference" in roles:
                 batch["ref_logprobs"], _ = forward_all(batch, plan, roles["reference"], response_logprobs)
             if "critic" in roles:
