@@ -655,7 +655,14 @@ class ServerRollout:
             "stop_token_ids": stops,
             "logit_bias": dict.fromkeys(padding, -100.0),  # ids that the tokenizer lacks
         }
-        retry = Retry(RETRIES, backoff_factor=1, backoff_max=30, status_forcelist=[500, 502, 503], allowed_methods=None)
+        retry = Retry(
+            RETRIES,
+            read=2,
+            backoff_factor=1,
+            backoff_max=30,
+            status_forcelist=[500, 502, 503],
+            allowed_methods=None,
+        )
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             adapter = requests.adapters.HTTPAdapter(pool_maxsize=ROWS_AT_ONCE, max_retries=retry)

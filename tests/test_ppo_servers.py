@@ -40,6 +40,7 @@ def kit(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(ppo, "RETRIES", 2)
+    monkeypatch.setattr(ppo, "PATIENCE", 20)
 
 
 class Server:
@@ -60,7 +61,7 @@ class Server:
 
             def do_POST(self):
                 if server.dead:  # connections that are open stay so
-                    return self.connection.close()
+                    return self.connection.shutdown(socket.SHUT_RDWR)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
                     status, answer = server.answer(self.path, body)
@@ -302,6 +303,7 @@ def actor_logprobs(actor, prompts, answers, temperature):
 def test_vllm_is_killed_and_restarted_in_the_middle(kit, vllm, tmp_path, monkeypatch):
     ports, processes, start, wait = vllm
     monkeypatch.setattr(ppo, "RETRIES", 12)
+    monkeypatch.setattr(ppo, "PATIENCE", 300)
     update, calls = ppo.update, []
 
     def killed(*args):
