@@ -43,11 +43,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported
 
 import fire
 import numpy as np
-import requests
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 import torch.nn.functional as F
 import transformers
+import urllib3
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from matplotlib.figure import Figure
@@ -58,9 +58,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, set_seed
-from urllib3.util import Retry
 
 HERE = Path(__file__).resolve().parent
+TINY = HERE / "data" / "tiny"
 LOGITS_AT_ONCE = 2**26  # entries of a chunk of logits: 256 MB in float32
 ROWS_AT_ONCE = 256  # sequences that one device decodes at a time
 PATIENCE = 300  # seconds in which a rollout server must answer
@@ -73,14 +73,14 @@ CHOICES = {
 }
 ABOVE_ZERO = (
     "train_batch_size max_prompt_length max_response_length rollout_n lora_alpha ppo_mini_batch_size ppo_epochs "
-    "ppo_max_tokens test_freq"
+    "ppo_max_tokens test_freq temperature total_epochs"
 ).split()
+PLOTTED = "score/mean|reward_kl_penalty|entropy|response_length/mean|explained_var|mean@1"
 # flags that may differ where a run goes on: they change neither what is sampled nor what is learned from it
 FREE = set(
     "output_dir overwrite train_files val_files rollout_urls total_epochs total_training_steps test_freq save_freq "
     "ppo_max_tokens activation_checkpointing".split()
 )
-SHOWN = "critic/score/mean actor/reward_kl_penalty actor/entropy response_length/mean timing_s/step".split()
 
 # -----------------------------------------------------------------------------
 # shared with the other scripts, word for word: tests/test_copies.py compares them
@@ -118,19 +118,6 @@ def run_cli(fn):
         if traceback.extract_tb(error.__traceback__)[-1].filename != fn.__code__.co_filename:
             raise
         raise SystemExit(f"error: {error}") from None
-
-
-def local_path(path):
-    """Return `path` as a Path where it exists, seen from here or from this script's folder; otherwise None.
-
-    What is not there may be the id of a model or data set of the hub (owner/name), or it is an error.
-    """
-    for place in (Path(path), HERE / path):
-        if place.exists():
-            return place
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or Path(path).parent.is_dir():
-        raise ValueError(f"{path}: no such file or folder, and no id of the hub (owner/name)")
-    return None
 
 
 def write_json(path, value):
@@ -184,8 +171,10 @@ def to_problem(row, tokenizer):
 
 def read_problems(source, tokenizer, max_prompt_length):
     """Return (problems, number of those left out because their prompt is longer than max_prompt_length tokens)."""
-    path, problems, number = local_path(source), [], 0
-    if path is None or path.suffix not in (".jsonl", ".parquet"):
+    path = Path(source)
+    problems = []
+    number = 0
+    if not path.is_file() or path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{source} is no jsonl or parquet file: python data/gsm8k.py --source {source} makes two")
     try:
         if path.suffix == ".parquet":
@@ -215,9 +204,8 @@ def rows_of_step(step, num_rows, batch_size, seed):
     """
     rows = []
     for place in range((step - 1) * batch_size, step * batch_size):
-        epoch, k = divmod(place, num_rows)
-        order = np.random.default_rng([seed, 0, epoch]).permutation(num_rows)
-        rows.append(int(order[k]))
+        order = np.random.default_rng([seed, 0, place // num_rows]).permutation(num_rows)
+        rows.append(int(order[place % num_rows]))
     return rows
 
 
@@ -257,7 +245,7 @@ def load_reward(reward):
         )
     path, _, name = reward.rpartition(":")
     try:
-        return runpy.run_path(str(local_path(path)))[name]
+        return runpy.run_path(path)[name]
     except Exception as error:  # whatever the file does
         raise ValueError(f"--reward {reward}: neither strict, flexible nor file.py:function: {error!r}") from error
 
@@ -320,7 +308,13 @@ def compute_gae(token_rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def compute_advantages(batch, adv_estimator, rollout_n=1, gamma=1.0, lam=1.0):
+def compute_advantages(
+    batch,
+    adv_estimator,
+    rollout_n=1,
+    gamma=1.0,
+    lam=1.0,
+):
     """Return (advantages, returns) [B, T] of the global batch, by verl's name of the estimator.
 
     batch has token_level_rewards, mask, and, for gae, values. gae: whitened over the batch. reinforce_plus_plus (Hu et
@@ -329,12 +323,12 @@ def compute_advantages(batch, adv_estimator, rollout_n=1, gamma=1.0, lam=1.0):
     (Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2): reward less the group's mean, over its unbiased standard
     deviation. rloo (Ahmadian et al. 2024, arXiv:2402.14740, eq. 8): reward less the mean of the others.
     """
-    rewards, mask = batch["token_level_rewards"], batch["mask"]
-    if adv_estimator == "gae":
-        advantages, returns = compute_gae(rewards, batch["values"], mask, gamma, lam)
-        return masked_whiten(advantages, mask) * mask, returns
-    if adv_estimator == "reinforce_plus_plus":
-        advantages, returns = compute_gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+    rewards = batch["token_level_rewards"]
+    mask = batch["mask"]
+    if adv_estimator in ("gae", "reinforce_plus_plus"):
+        values = batch["values"] if adv_estimator == "gae" else torch.zeros_like(rewards)
+        lam = lam if adv_estimator == "gae" else 1.0
+        advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
         return masked_whiten(advantages, mask) * mask, returns
     rewards = rewards.sum(-1).view(-1, rollout_n)  # [prompts, rollout_n]
     advantages = rewards - rewards.mean(-1, keepdim=True)
@@ -356,7 +350,14 @@ def explained_variance(values, returns, mask):
 # losses
 
 
-def agg_loss(loss, mask, mode, num_tokens, num_sequences, horizon):
+def agg_loss(
+    loss,
+    mask,
+    mode,
+    num_tokens,
+    num_sequences,
+    horizon,
+):
     """Return the per-token losses [B, T] as one number, by verl's name of the way.
 
     token-mean: over all tokens. seq-mean-token-sum, seq-mean-token-mean: a response's sum or mean, then the mean over
@@ -452,7 +453,12 @@ def critic_loss(critic, micro, flags, **counts):
     (values,) = critic(response_values, micro)
     losses, clipped = compute_value_loss(values, micro["values"], micro["returns"])
     loss = agg_loss(losses, micro["mask"], "token-mean", **counts)
-    return loss, {"vf_loss": loss, "vf_clipfrac": clipped, "vpred_mean": values}
+    metrics = {
+        "vf_loss": loss,
+        "vf_clipfrac": clipped,
+        "vpred_mean": values,
+    }
+    return loss, metrics
 
 
 # -----------------------------------------------------------------------------
@@ -468,8 +474,11 @@ class Role(torch.nn.Module):
 
     def __init__(self, model, adapter, dtype, temperature, vocab_size):
         super().__init__()
-        self.model, self.adapter, self.dtype = model, adapter, dtype
-        self.temperature, self.vocab_size = temperature, vocab_size
+        self.model = model
+        self.adapter = adapter
+        self.dtype = dtype
+        self.temperature = temperature
+        self.vocab_size = vocab_size
 
     def forward(self, function, *args):
         if self.adapter in getattr(self.model, "peft_config", ()):
@@ -499,9 +508,7 @@ def token_logprobs(role, hidden, targets, with_entropy):
     """Return (log-probabilities [L], entropies [L], 0 without with_entropy) of targets [L], float32."""
     logprobs = role.logits(hidden).log_softmax(-1)
     picked = logprobs.gather(-1, targets[:, None])[:, 0]
-    entropy = torch.zeros_like(picked)
-    if with_entropy:
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(picked)
     return picked, entropy
 
 
@@ -526,7 +533,16 @@ def response_logprobs(role, micro, with_entropy=False):
     targets = micro["input_ids"][micro["mask"]].split(rows)
     parts = []
     for chunk, ids in zip(states, targets, strict=True):
-        parts.append(checkpoint(token_logprobs, role, chunk, ids, with_entropy, use_reentrant=False))
+        parts.append(
+            checkpoint(
+                token_logprobs,
+                role,
+                chunk,
+                ids,
+                with_entropy,
+                use_reentrant=False,
+            )
+        )
     return [unflatten(torch.cat(part), micro["mask"]) for part in zip(*parts, strict=True)]
 
 
@@ -559,7 +575,9 @@ def pick_tokens(logits, uniforms=None):
 
 def decode(actor, prompts, max_tokens, uniforms, stops):
     """Return [(token, log-probability), ...] for each prompt; a sequence that has ended leaves the batch."""
-    rows, made, cache = list(range(len(prompts))), [[] for _ in prompts], DynamicCache()
+    cache = DynamicCache()
+    made = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
     ids = [torch.tensor(prompt) for prompt in prompts]
     mask = [torch.ones_like(prompt) for prompt in ids]
     ids = pad_sequence(ids, batch_first=True, padding_side="left").to(actor.model.device)
@@ -596,7 +614,8 @@ class LocalRollout:
     """Samples with the actor itself."""
 
     def __init__(self, actor, stops):
-        self.actor, self.stops = actor, set(stops)
+        self.actor = actor
+        self.stops = set(stops)
 
     def sync(self, step):
         """Do nothing: it is the actor."""
@@ -608,7 +627,8 @@ class LocalRollout:
         uniforms [B, max_tokens] in [0, 1) decide what is drawn; without them the likeliest token is taken. A response
         without an end token was cut at max_tokens. Prompts of like length are answered together.
         """
-        lengths, made = [len(prompt) for prompt in prompts], {}
+        made = {}
+        lengths = [len(prompt) for prompt in prompts]
         layers = [module for module in self.actor.modules() if isinstance(module, FSDPModule)][1:]
 
         def function(actor):
@@ -629,7 +649,7 @@ class LocalRollout:
 
 def serve_command(base, lora_r, dtype):
     """Return the command that starts a vLLM server for this run."""
-    rank = min(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= lora_r)
+    rank = min(size for size in (8, 16, 32, 64, 128, 256) if size >= lora_r)
     return (
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {base} --enable-lora --max-lora-rank {rank} --max-loras 2 "
         f"--logprobs-mode processed_logprobs --generation-config vllm --dtype {dtype}"
@@ -644,7 +664,10 @@ class ServerRollout:
     """
 
     def __init__(self, actor, stops, urls, folder, padding):
-        self.actor, self.urls, self.folder, self.name = actor, urls, folder, ""
+        self.actor = actor
+        self.urls = urls
+        self.folder = folder
+        self.name = ""
         self.sampling = {
             "temperature": actor.temperature,
             "top_p": 1.0,
@@ -655,7 +678,7 @@ class ServerRollout:
             "stop_token_ids": stops,
             "logit_bias": dict.fromkeys(padding, -100.0),  # ids that the tokenizer lacks
         }
-        retry = Retry(
+        retries = urllib3.Retry(
             RETRIES,
             read=2,
             backoff_factor=1,
@@ -663,16 +686,14 @@ class ServerRollout:
             status_forcelist=[500, 502, 503],
             allowed_methods=None,
         )
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            adapter = requests.adapters.HTTPAdapter(pool_maxsize=ROWS_AT_ONCE, max_retries=retry)
-            self.session.mount(scheme, adapter)
+        self.pool = urllib3.PoolManager(maxsize=ROWS_AT_ONCE, retries=retries, timeout=PATIENCE)
 
     def post(self, url, path, **body):
-        """Return a server's response, asked again for some minutes where there is none."""
+        """Return (status, text) of a server's answer, asked again for some minutes where there is none."""
         try:
-            return self.session.post(url + path, json=body, timeout=PATIENCE)
-        except requests.RequestException as error:
+            answer = self.pool.request("POST", url + path, json=body)
+            return answer.status, answer.data.decode()
+        except urllib3.exceptions.HTTPError as error:
             raise ValueError(
                 f"--rollout_urls {url}: no answer ({error!s:.300}). Start the server again; the same command then goes "
                 "on from the last checkpoint"
@@ -681,13 +702,16 @@ class ServerRollout:
     def load(self, url):
         """Give a server the adapter of now."""
         path = str((self.folder / self.name).resolve())
-        answer = self.post(url, "/v1/load_lora_adapter", lora_name=self.name, lora_path=path)
-        if not answer.ok and "already" not in answer.text:
+        status, text = self.post(
+            url,
+            "/v1/load_lora_adapter",
+            lora_name=self.name,
+            lora_path=path,
+        )
+        if status != 200 and "already" not in text:
             base, lora = self.actor.model.name_or_path, self.actor.model.peft_config["default"]
             command = serve_command(base, lora.r, str(self.actor.dtype).removeprefix("torch."))
-            raise ValueError(
-                f"--rollout_urls {url}: it takes no adapter: {answer.text:.500}. Start it with\n  {command}"
-            )
+            raise ValueError(f"--rollout_urls {url}: it takes no adapter: {text:.500}. Start it with\n  {command}")
 
     def sync(self, step):
         """Write the actor of now as a new adapter, and give it to the servers in place of the one before."""
@@ -707,18 +731,22 @@ class ServerRollout:
 
         def ask(i):
             url = self.urls[(PartialState().process_index + i) % len(self.urls)]
-            body = self.sampling | {"model": self.name, "prompt": prompts[i], "max_tokens": max_tokens}
+            body = self.sampling | {
+                "model": self.name,
+                "prompt": prompts[i],
+                "max_tokens": max_tokens,
+            }
             if uniforms is None:
                 body["temperature"] = 0.0
             else:
                 body["seed"] = int(uniforms[i][0] * 2**31)
-            answer = self.post(url, "/v1/completions", **body)
-            if answer.status_code == 404:  # it was started again, and does not know the adapter
+            status, text = self.post(url, "/v1/completions", **body)
+            if status == 404:  # it was started again, and does not know the adapter
                 self.load(url)
-                answer = self.post(url, "/v1/completions", **body)
-            if not answer.ok:
-                raise ValueError(f"--rollout_urls {url}: {answer.text:.500}")
-            choice = answer.json()["choices"][0]
+                status, text = self.post(url, "/v1/completions", **body)
+            if status != 200:
+                raise ValueError(f"--rollout_urls {url}: {text:.500}")
+            choice = json.loads(text)["choices"][0]
             return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
 
         with ThreadPoolExecutor(ROWS_AT_ONCE) as pool:
@@ -772,7 +800,14 @@ def micro_batch(batch, part):
     return micro
 
 
-def roll_out(rollout, problems, uniforms, reward_fn, tokenizer, max_response_length):
+def roll_out(
+    rollout,
+    problems,
+    uniforms,
+    reward_fn,
+    tokenizer,
+    max_response_length,
+):
     """Answer and score problems; return the global batch on every rank, [B, T] tensors of right-padded rows.
 
     A row is a prompt and its response. input_ids; mask: True on response tokens; rollout_logprobs of these, as they
@@ -782,24 +817,24 @@ def roll_out(rollout, problems, uniforms, reward_fn, tokenizer, max_response_len
     mine = list(range(ranks.process_index, len(problems), ranks.num_processes))
     prompts = [problems[i]["prompt"] for i in mine]
     answers = rollout.generate(prompts, max_response_length, None if uniforms is None else uniforms[mine])
-    own, rows = {}, {}
+    own = {}
+    rows = {}
+    batch = {}
     for i, answer in zip(mine, answers, strict=True):
         tokens, logprobs = zip(*answer, strict=True)
+        prompt = problems[i]["prompt"]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        own[i] = tokens, logprobs, score_response(reward_fn, problems[i], text)
+        score = score_response(reward_fn, problems[i], text)
+        own[i] = {
+            "input_ids": [*prompt, *tokens],
+            "mask": [False] * len(prompt) + [True] * len(tokens),
+            "rollout_logprobs": [0.0] * len(prompt) + [*logprobs],
+            "token_level_scores": [0.0] * (len(prompt) + len(tokens) - 1) + [score],
+        }
     for part in gather_object([own]):
         rows |= part
-    columns = {"input_ids": [], "mask": [], "rollout_logprobs": [], "token_level_scores": []}
-    for i, problem in enumerate(problems):
-        tokens, logprobs, score = rows[i]
-        prompt = problem["prompt"]
-        columns["input_ids"].append([*prompt, *tokens])
-        columns["mask"].append([False] * len(prompt) + [True] * len(tokens))
-        columns["rollout_logprobs"].append([0.0] * len(prompt) + [*logprobs])
-        columns["token_level_scores"].append([0.0] * (len(prompt) + len(tokens) - 1) + [score])
-    batch = {}
-    for name, column in columns.items():
-        column = [torch.tensor(row) for row in column]
+    for name in rows[0]:
+        column = [torch.tensor(rows[i][name]) for i in range(len(problems))]
         batch[name] = pad_sequence(column, batch_first=True).to(rollout.actor.model.device)
     return batch
 
@@ -836,7 +871,14 @@ def optimizer_step(optimizer, parameters):
     return norm
 
 
-def update(role, optimizer, batch, plan, flags, micro_loss):
+def update(
+    role,
+    optimizer,
+    batch,
+    plan,
+    flags,
+    micro_loss,
+):
     """Do PPO's epochs over the mini-batches of `plan`, an optimizer step each, and return their metrics.
 
     micro_loss(role, micro-batch, flags, num_tokens=, num_sequences=, horizon=) returns its share of the mini-batch's
@@ -844,7 +886,8 @@ def update(role, optimizer, batch, plan, flags, micro_loss):
     """
     parameters = optimizer.param_groups[0]["params"]
     steps = flags["ppo_epochs"] * len(plan)
-    sums, norms = {}, []
+    sums = {}
+    norms = []
     role.train()  # recomputes activations if it is to; there is no dropout
     for step in range(steps):
         rows, parts = plan[step % len(plan)]
@@ -901,13 +944,22 @@ def load_model(base, dtype, lora_weights, flags):
     return model
 
 
-def load_roles(names, base, dtype, device, lora_weights, flags, vocab_size):
+def load_roles(
+    names,
+    base,
+    dtype,
+    device,
+    lora_weights,
+    flags,
+    vocab_size,
+):
     """Return {name: Role}: with LoRA one base with adapters, with --lora_r 0 a model each.
 
     An adapter in lora_weights is what actor and critic start from, and the reference. In full fine-tuning what is
     trained is float32, and FSDP2 shards every model over the ranks.
     """
-    roles, full = {}, not flags["lora_r"]
+    roles = {}
+    full = not flags["lora_r"]
     for name in names:
         if full or name == "actor":
             model = load_model(base, torch.float32 if full and name != "reference" else dtype, lora_weights, flags)
@@ -937,11 +989,12 @@ def load_roles(names, base, dtype, device, lora_weights, flags, vocab_size):
 
 def make_optimizer(role):
     """Return AdamW over what a role trains, its state made, and the tensors of both, by name, for checkpoints."""
-    trained, tensors = {}, {}
+    trained = {}
+    tensors = {}
     for name, p in role.named_parameters():
         if not role.adapter or f".{role.adapter}." in name or "value_head" in name:
             trained[name] = p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained.values())
     for name, p in trained.items():
         optimizer.state[p] = {
             "step": torch.tensor(0.0),
@@ -960,7 +1013,9 @@ def whole(tensor):
 def validate(rollout, problems, reward_fn, tokenizer, max_response_length):
     """Answer every problem greedily; return (metrics under verl's names, the generations) on every rank."""
     batch = roll_out(rollout, problems, None, reward_fn, tokenizer, max_response_length)
-    rows, scores, metrics = [], {}, {}
+    rows = []
+    scores = {}
+    metrics = {}
     for i, problem in enumerate(problems):
         rows.append(
             {
@@ -980,16 +1035,19 @@ def save_actor(actor, folder):
     """Write the actor as PEFT and vLLM load it: an adapter, or a whole model. If it is sharded, every rank must ask."""
     model = actor.model
     if actor.adapter:
-        model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+        model.save_pretrained(
+            folder,
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+        )
         return
-    weights = {name: whole(tensor).to(actor.dtype) for name, tensor in model.state_dict().items()}
-    model.config.dtype = actor.dtype
+    weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights, is_main_process=PartialState().is_main_process)
 
 
 def list_checkpoints(out):
     """Return the steps of the checkpoints in a folder, ascending; without .incomplete in its name one is whole."""
-    return sorted(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*[0-9]"))
+    return sorted(int(path.name[11:]) for path in out.glob("checkpoint-*[0-9]"))
 
 
 def save_checkpoint(out, step, tensors, actor, is_main_process):
@@ -1009,15 +1067,13 @@ def save_checkpoint(out, step, tensors, actor, is_main_process):
 
 def find_start(out, flags):
     """Return the step to start at: 1, or the one after the last checkpoint in `out`, of a run with the same flags."""
-    steps, changed = list_checkpoints(out), []
-    if flags["overwrite"] or not (steps or (out / "plots").exists()):
+    steps = list_checkpoints(out)
+    if flags["overwrite"] or not (steps or (out / "curves.png").exists()):
         return 1
     before = json.loads((out / "run.json").read_text("utf-8"))["flags"]
-    for name in flags.keys() - FREE:
-        if flags[name] != before.get(name):
-            changed.append(f"{name} {before.get(name)}")
+    changed = {name for name in flags.keys() - FREE if flags[name] != before.get(name)}
     if changed or not steps:
-        raise ValueError(f"--output_dir {out} holds another run ({', '.join(changed)}): --overwrite, or another folder")
+        raise ValueError(f"--output_dir {out} holds another run {changed or ''}: --overwrite, or another folder")
     return steps[-1] + 1
 
 
@@ -1026,6 +1082,8 @@ def load_tokenizer(base, lora_weights):
 
     The ids are those of its generation config, and the tokenizer's own.
     """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     carrier = lora_weights if Path(f"{lora_weights}/tokenizer_config.json").exists() else base
     try:
         config = transformers.AutoConfig.from_pretrained(base).get_text_config()
@@ -1036,49 +1094,53 @@ def load_tokenizer(base, lora_weights):
             stops = GenerationConfig.from_pretrained(carrier).eos_token_id
     except Exception as error:  # of transformers
         raise ValueError(f"--base_model {base}, --lora_weights {lora_weights}: {error!s:.500}") from error
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    stops = {tokenizer.eos_token_id, *np.atleast_1d(stops).tolist()} - {None}  # it may be one id, or several
     if not stops:
         raise ValueError(f"{carrier}: no response would ever end: set eos_token in its tokenizer_config.json")
     return config, tokenizer, sorted(stops)
 
 
-def read_log(path):
-    """Return the records of a log.jsonl; without a last line that a killed process left unfinished."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
 def open_log(out, first, run):
-    """Make the files of a run that starts at step `first`; return a function that logs a record."""
+    """Make the files of a run that starts at step `first`; return (the log's records so far, a function that adds one).
+
+    Of what an earlier run logged after its last checkpoint, and of a line that it was killed in, nothing stays.
+    """
     if first == 1:
         for path in [*out.glob("checkpoint-*"), *out.glob("tensorboard")]:
             shutil.rmtree(path)
     (out / "val_generations").mkdir(parents=True, exist_ok=True)
-    records = read_log(out / "log.jsonl") if first > 1 else []
-    write_jsonl(out / "log.jsonl", [record for record in records if record["training/global_step"] < first])
+    path = out / "log.jsonl"
+    records = []
+    for line in path.read_text("utf-8").split("\n")[:-1] if first > 1 else []:
+        record = json.loads(line)
+        if record["training/global_step"] < first:
+            records.append(record)
+    partial = out / "log.jsonl.incomplete"
+    write_jsonl(partial, records)
+    partial.rename(path)
     write_json(out / "run.json", run)
     board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
     def write(record):
-        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+        records.append(record)
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             board.add_scalar(name, value, record["training/global_step"])
         board.flush()
 
-    return write
+    return records, write
 
 
-def plot(records, folder):
-    """Draw the metrics of log records that say how a run went, each in a file of its name."""
-    folder.mkdir(exist_ok=True)
-    for name in sorted(set().union(*records)):
-        if re.search("score/mean|mean@1|kl|entropy|explained_var|vf_loss|length/mean", name):
-            figure = Figure(layout="constrained")
-            axes = figure.add_subplot(title=name, xlabel="step")
-            points = [(record["training/global_step"], record[name]) for record in records if name in record]
-            axes.plot(*zip(*points, strict=True), ".-")
-            figure.savefig(folder / f"{name.replace('/', '_')}.png")
+def plot(records, path):
+    """Draw the metrics of log records that say how a run went, in one picture."""
+    names = [name for name in records[-1] if re.search(PLOTTED, name)]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for k, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), k + 1, title=name, xlabel="step")
+        points = [(record["training/global_step"], record[name]) for record in records if name in record]
+        axes.plot(*zip(*points, strict=True), ".-")
+    figure.savefig(path)
 
 
 def batch_metrics(batch, max_response_length):
@@ -1094,7 +1156,6 @@ def batch_metrics(batch, max_response_length):
     }
     samples = {
         "critic/score": batch["token_level_scores"].sum(-1),
-        "critic/rewards": batch["token_level_rewards"].sum(-1),
         "critic/advantages": batch["advantages"][mask],
         "critic/returns": batch["returns"][mask],
         "response_length": lengths,
@@ -1111,14 +1172,11 @@ def batch_metrics(batch, max_response_length):
 def check_flags(flags):
     """Refuse flags that cannot be, or that contradict each other."""
     for name, value in flags.items():
-        least = 1 if name in ABOVE_ZERO else 0
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name not in ABOVE_ZERO):
+            raise ValueError(f"--{name} {value}: it must be {'above' if name in ABOVE_ZERO else 'at least'} 0")
     for name, known in CHOICES.items():
         if flags[name] not in known:
             raise ValueError(f"--{name} {flags[name]}: one of {', '.join(known)}")
-    if not flags["temperature"]:
-        raise ValueError("--temperature 0: a policy that is trained must sample")
     if flags["train_batch_size"] % flags["ppo_mini_batch_size"]:
         raise ValueError("--train_batch_size must be a multiple of --ppo_mini_batch_size")
     if flags["adv_estimator"] in ("grpo", "rloo") and flags["rollout_n"] < 2:
@@ -1156,7 +1214,6 @@ def train_ppo(
     loss_agg_mode: str = "token-mean",
     entropy_coeff: float = 0.0,
     kl_loss_coef: float = 0.0,
-    critic_warmup: int = 0,
     actor_lr: float = 0.0,
     critic_lr: float = 0.0,
     lr_scheduler_type: str = "linear",
@@ -1175,8 +1232,8 @@ def train_ppo(
 ):
     """Train a policy with PPO on problems whose answers a function can check.
 
-    Without any flag it goes on from what `python finetune.py` made of the embedded tiny model, on the embedded
-    problems, in minutes on a laptop CPU. A run that was stopped goes on when the same command is given again.
+    Without any flag it goes on from what `python finetune.py` made of the embedded model, in minutes on a laptop's CPU.
+    A run that was stopped goes on when the same command is given again.
 
     Args:
         base_model: hub id or folder of the model.
@@ -1203,7 +1260,6 @@ def train_ppo(
         loss_agg_mode: token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm.
         entropy_coeff: weight of an entropy bonus; 0 for none.
         kl_loss_coef: weight of the KL to the starting policy as a loss; 0 for none.
-        critic_warmup: steps in which only the critic learns.
         actor_lr: first learning rate of the actor; 0 for one that fits the model's family and hidden size.
         critic_lr: the same, of the critic.
         lr_scheduler_type: linear, down to 0 over the run, or constant.
@@ -1225,21 +1281,18 @@ def train_ppo(
     reward_fn = load_reward(reward)
     out = Path(output_dir)
     if not base_model:
-        base_model, lora_weights = "data/tiny/model", lora_weights or "out/finetune/adapter"
+        base_model, lora_weights = f"{TINY}/model", lora_weights or "out/finetune/adapter"
     if lora_weights and not Path(lora_weights, "adapter_config.json").exists():
         raise ValueError(f"--lora_weights {lora_weights}: there is no adapter: `python finetune.py` makes one")
     if not train_files:
-        train_files, val_files = "data/tiny/train.jsonl", val_files or "data/tiny/test.jsonl"
+        train_files, val_files = f"{TINY}/train.jsonl", val_files or f"{TINY}/test.jsonl"
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
         dtype = "bfloat16" if has_bf16 else "float32"
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|torch.distributed is disabled")
 
     # 2. tokenizer, problems
-    base = str(local_path(base_model) or base_model)
-    config, tokenizer, stops = load_tokenizer(base, lora_weights)
+    config, tokenizer, stops = load_tokenizer(base_model, lora_weights)
     if config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a small model gains little from a second thread, and waits for it on a busy machine
     train_set, left_out = read_problems(train_files, tokenizer, max_prompt_length)
@@ -1252,16 +1305,14 @@ def train_ppo(
         )
 
     # 3. what is used, and where to start
-    total_steps = total_training_steps or max(1, int(total_epochs * len(train_set) / train_batch_size))
-    start = local_path(train_files).read_bytes()
+    total_steps = total_training_steps or math.ceil(total_epochs * len(train_set) / train_batch_size)
+    start = Path(train_files).read_bytes()
     if lora_weights:
         start += Path(lora_weights, "adapter_model.safetensors").read_bytes()
+    flags |= {"base_model": base_model, "lora_weights": lora_weights, "dtype": dtype}
     flags |= {
-        "base_model": base_model,
-        "lora_weights": lora_weights,
         "actor_lr": actor_lr or default_learning_rate(config) / 20,
         "critic_lr": critic_lr or default_learning_rate(config) / 4,
-        "dtype": dtype,
         "schedule_steps": 0 if lr_scheduler_type == "constant" else total_steps,
         "sha256": hashlib.sha256(start).hexdigest(),
     }
@@ -1272,9 +1323,11 @@ def train_ppo(
     set_seed(seed)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     names = ["actor"] + ["critic"] * (adv_estimator == "gae") + ["reference"] * bool(kl_coef or kl_loss_coef)
-    roles = load_roles(names, base, getattr(torch, dtype), ranks.device, lora_weights, flags, vocab_size)
-    actor, optimizers, tensors = roles["actor"], {}, {}
-    for name in set(names) - {"reference"}:
+    roles = load_roles(names, base_model, getattr(torch, dtype), ranks.device, lora_weights, flags, vocab_size)
+    actor = roles["actor"]
+    optimizers = {}
+    tensors = {}
+    for name in [name for name in ("critic", "actor") if name in roles]:
         optimizers[name], tensors[name] = make_optimizer(roles[name])
     if first > 1:
         distributed_checkpoint.load(tensors, checkpoint_id=out / f"checkpoint-{first - 1}")
@@ -1294,14 +1347,13 @@ def train_ppo(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "results": {},
     }
-    write = open_log(out, first, run) if ranks.is_main_process else lambda record: None
+    records, write = open_log(out, first, run) if ranks.is_main_process else ([], lambda record: None)
     ranks.print(f"ppo_gsm8k.py  {base_model} + {lora_weights or 'nothing'} -> {out}, {ranks.num_processes} x {dtype}")
     ranks.print(f"  data        {train_files}, {val_files or 'no validation'}: {run['counts']}")
     ranks.print(
-        f"  batch       {per_step} = {train_batch_size} prompts x {rollout_n}, mini-batches of {ppo_mini_batch_size}"
+        f"  batch       {per_step} = {train_batch_size} x {rollout_n}, in mini-batches of {ppo_mini_batch_size} prompts"
     )
-    ranks.print(f"  steps       {first} to {total_steps}, {total_steps * train_batch_size / len(train_set):.3g} epochs")
-    ranks.print(f"  rates       actor {flags['actor_lr']:.2e}, critic {flags['critic_lr']:.2e}")
+    ranks.print(f"  steps       {first} to {total_steps}, at {flags['actor_lr']:.2e}, critic {flags['critic_lr']:.2e}")
 
     def validation(step):
         metrics, rows = validate(rollout, val_set, reward_fn, tokenizer, max_response_length)
@@ -1350,20 +1402,18 @@ def train_ppo(
             batch |= {"advantages": advantages, "returns": returns}
 
             # 6.4 update
-            losses = {"critic": critic_loss} if "critic" in roles else {}
-            losses |= {"actor": actor_loss} if step > critic_warmup else {}
-            for name, loss in losses.items():
+            losses = {"critic": critic_loss, "actor": actor_loss}
+            for name in optimizers:
                 lr = flags[f"{name}_lr"]
                 if lr_scheduler_type == "linear":
                     lr *= 1 - (step - 1) / total_steps
                 optimizers[name].param_groups[0]["lr"] = lr
-                found = update(roles[name], optimizers[name], batch, plan, flags, loss) | {"lr": lr}
+                found = update(roles[name], optimizers[name], batch, plan, flags, losses[name]) | {"lr": lr}
                 metrics |= {f"{name}/{key}": value for key, value in found.items()}
             rollout.sync(step)
 
             # 6.5 validation, log, checkpoint
             metrics |= batch_metrics(batch, max_response_length)
-            metrics["training/epoch"] = step * train_batch_size / len(train_set)
             metrics["timing_s/step"] = time.perf_counter() - started
             metrics["perf/throughput"] = sum(lengths) / metrics["timing_s/step"] / ranks.num_processes
             if torch.cuda.is_available():
@@ -1371,8 +1421,11 @@ def train_ppo(
             if val_set and (step == total_steps or step % test_freq == 0):
                 metrics |= validation(step)
             write(metrics)
-            shown = [f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
-            ranks.print(f"step {step:05d}/{total_steps:05d} | {' | '.join(shown)}")
+            ranks.print(
+                f"step {step:05d}/{total_steps:05d} | score {metrics['critic/score/mean']:.3f} | "
+                f"kl {metrics.get('actor/reward_kl_penalty', 0):.4f} | entropy {metrics['actor/entropy']:.3f} | "
+                f"length {metrics['response_length/mean']:.0f} | {metrics['timing_s/step']:.1f} s"
+            )
             if step == total_steps or save_freq and step % save_freq == 0:
                 save_checkpoint(out, step, tensors, actor, ranks.is_main_process)
     except KeyboardInterrupt:
@@ -1387,10 +1440,9 @@ def train_ppo(
         GenerationConfig(eos_token_id=stops).save_pretrained(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        plot(read_log(out / "log.jsonl"), out / "plots")
+        plot(records, out / "curves.png")
         write_json(out / "run.json", run | {"status": "finished"})
         ranks.print(f"wrote {target}\nNext: python generate.py --base_model {base_model} --lora_weights {target}")
-    ranks.wait_for_everyone()
     ranks.destroy_process_group()
     return run
 
