@@ -5,10 +5,11 @@ PPO speed and memory: ppo_gsm8k.py beside TRL's PPO trainer, and its rollout bes
     writes   nothing: the figures and their ratios go to the terminal
 
     step     pip install --no-deps trl==1.11.0, then python benchmarks/ppo.py --measure step
-    rollout  python benchmarks/ppo.py --measure rollout
+    rollout  python benchmarks/ppo.py --measure rollout, or --measure mixed
     memory   python benchmarks/ppo.py --measure memory
 
-rollout: prompts are problems after 0 to 4 solved ones, about 45 to 380 tokens; both sides must give the same answers.
+rollout: prompts are problems, of like length; mixed: each after 0 to 4 solved ones, about 45 to 380 tokens. Both sides
+draw with the same numbers at temperature 1, and must give the same answers. All times are CPU seconds.
 step: a whole PPO step from the same model, with the same batch, mini-batches and longest response, LoRA of the same
 rank on the actor. 1.11.0 is the last TRL release with a PPO trainer. It scores with a network and not with a function,
 so it is given one of the policy's shape, and the time of that is measured and taken off. The model is the embedded one
@@ -19,7 +20,10 @@ import contextlib
 import functools
 import gc
 import io
+import itertools
 import json
+import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +37,14 @@ import fire
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, Qwen2Config
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -84,9 +95,9 @@ def run_cli(fn):
 def starting_model(folder, vocab, seed):
     """Write the embedded base with `vocab` entries, and an adapter of it; return the merged model and the tokenizer."""
     torch.manual_seed(seed)
-    tokenizer = ppo_gsm8k.load_tokenizer(str(ROOT / "data/tiny/model"))
-    ppo_gsm8k.use_template(tokenizer, "alpaca")
-    model = ppo_gsm8k.load_base(str(ROOT / "data/tiny/model"), torch.float32, False, False, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/model")
+    tokenizer.chat_template = (ROOT / "templates/alpaca.jinja").read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny/model", dtype=torch.float32)
     if vocab > model.config.vocab_size:
         old = model.config.vocab_size
         with torch.no_grad():
@@ -95,7 +106,8 @@ def starting_model(folder, vocab, seed):
             model.get_input_embeddings().weight[old:] = -20 * hidden / hidden.norm() ** 2
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    model = ppo_gsm8k.add_lora(model, ["all-linear"], r=16, lora_alpha=32)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=1e-3)
@@ -121,9 +133,16 @@ def write_problems_of_mixed_length(path, count, seed):
 
 
 def our_steps(folder, start, batch_size, response_length, steps):
-    """Return the seconds of each PPO step of ppo_gsm8k.py, and its mean response length."""
+    """Return the CPU seconds of each PPO step of ppo_gsm8k.py, and its mean response length."""
+    marks, rows_of_step = [], ppo_gsm8k.rows_of_step
+
+    def marked(*args):
+        marks.append(time.process_time())
+        return rows_of_step(*args)
+
+    ppo_gsm8k.rows_of_step = marked
     with contextlib.redirect_stdout(io.StringIO()):
-        made = ppo_gsm8k.train_ppo(
+        ppo_gsm8k.train_ppo(
             base_model=str(start / "base"),
             lora_weights=str(start / "adapter"),
             train_files=str(ROOT / "data/tiny/train.jsonl"),
@@ -133,18 +152,18 @@ def our_steps(folder, start, batch_size, response_length, steps):
             ppo_mini_batch_size=batch_size // 4,
             temperature=1.0,
             max_response_length=response_length,
-            total_training_steps=steps,
-            test_freq=0,
+            total_training_steps=steps + 1,  # a step ends where the next begins
             save_freq=0,
         )
-    records = [r for r in made["records"] if "timing_s/step" in r]
-    return [r["timing_s/step"] for r in records], statistics.mean(r["response_length/mean"] for r in records)
+    ppo_gsm8k.rows_of_step = rows_of_step
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    return seconds, statistics.mean(record["response_length/mean"] for record in records)
 
 
 def trl_steps(folder, problems, model, tokenizer, batch_size, response_length, steps, seed):
-    """Return the seconds of each PPO step of TRL's trainer, less those of its reward network."""
+    """Return the CPU seconds of each PPO step of TRL's trainer, less those of its reward network."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     policy = type(model)(model.config)
@@ -156,15 +175,15 @@ def trl_steps(folder, problems, model, tokenizer, batch_size, response_length, s
     spent, forward, seconds = [0.0], reward.base_model.forward, []
 
     def timed(*args, **kwargs):
-        started = time.perf_counter()
+        started = time.process_time()
         out = forward(*args, **kwargs)
-        spent[0] += time.perf_counter() - started
+        spent[0] += time.process_time() - started
         return out
 
     class StepTimes(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            seconds.append(time.perf_counter() - self.began - spent[0])
-            self.began, spent[0] = time.perf_counter(), 0.0
+            seconds.append(time.process_time() - self.began - spent[0])
+            self.began, spent[0] = time.process_time(), 0.0
 
     reward.base_model.forward = timed
     rows = Dataset.from_dict({"input_ids": [problem["prompt"] for problem in problems]})
@@ -202,40 +221,41 @@ def trl_steps(folder, problems, model, tokenizer, batch_size, response_length, s
     times = StepTimes()
     trainer.add_callback(times)
     with contextlib.redirect_stdout(io.StringIO()):
-        times.began = time.perf_counter()
+        times.began = time.process_time()
         trainer.train()
     return seconds
 
 
-def our_rollout(model, tokenizer, prompts, response_length):
-    """Return (seconds, responses) of ppo_gsm8k's greedy rollout."""
-    policies = ppo_gsm8k.Policies({"actor": model}, None, torch.float32, "cpu")
-    to_logits = functools.partial(ppo_gsm8k.sampled_logits, temperature=1.0, vocab_size=model.config.vocab_size)
-    rollout = ppo_gsm8k.Rollout(
-        policies, to_logits, [tokenizer.eos_token_id], max(map(len, prompts)) + response_length, len(prompts), 16384
-    )
-    started = time.perf_counter()
-    responses, _ = rollout.generate(prompts, response_length)
-    seconds = time.perf_counter() - started
-    model.set_attn_implementation("sdpa")
-    return seconds, responses
+def our_rollout(model, tokenizer, prompts, uniforms):
+    """Return (CPU seconds, responses) of ppo_gsm8k's rollout at temperature 1."""
+    actor = ppo_gsm8k.Role(model.eval(), "", torch.float32, 1.0, model.config.vocab_size)
+    rollout = ppo_gsm8k.LocalRollout(actor, [tokenizer.eos_token_id])
+    started = time.process_time()
+    answers = rollout.generate(prompts, uniforms.shape[1], uniforms)
+    seconds = time.process_time() - started
+    return seconds, [[token for token, _ in answer] for answer in answers]
 
 
-def library_rollout(model, tokenizer, prompts, response_length):
-    """Return (seconds, responses) of model.generate on the same prompts, padded on the left, greedy."""
-    longest = max(map(len, prompts))
+def library_rollout(model, tokenizer, prompts, uniforms):
+    """Return (CPU seconds, responses) of model.generate on the same prompts, padded on the left, and numbers."""
+    longest, stop = max(map(len, prompts)), tokenizer.eos_token_id
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    draws = torch.from_numpy(uniforms)
+
+    def drawn(ids, scores):
+        tokens, _ = ppo_gsm8k.pick_tokens(scores, draws[:, ids.shape[1] - longest])
+        return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
+
     config = GenerationConfig(
-        max_new_tokens=response_length, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=1
+        max_new_tokens=uniforms.shape[1], do_sample=False, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id
     )
-    model.config.use_cache = True
-    started = time.perf_counter()
+    started = time.process_time()
     with torch.no_grad():
-        rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, longest:].tolist()
-    seconds = time.perf_counter() - started
-    ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row) for row in rows]
-    return seconds, [row[:end] for row, end in zip(rows, ends, strict=True)]
+        rows = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=[drawn])
+    seconds = time.process_time() - started
+    rows = rows[:, longest:].tolist()
+    return seconds, [row[: row.index(stop) + 1] if stop in row else row for row in rows]
 
 
 def memory_of_step(folder):
@@ -245,7 +265,7 @@ def memory_of_step(folder):
     import torch.utils.tensorboard  # noqa: F401
 
     torch.set_num_threads(1)
-    before = ppo_gsm8k.peak_rss()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.redirect_stdout(io.StringIO()):
         ppo_gsm8k.train_ppo(
             base_model=str(folder / "model"),
@@ -260,7 +280,7 @@ def memory_of_step(folder):
             total_training_steps=1,
             save_freq=0,
         )
-    print(json.dumps(ppo_gsm8k.peak_rss() - before))
+    print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
 
 
 def compare_memory(folder, hidden, layers, seed):
@@ -279,7 +299,9 @@ def compare_memory(folder, hidden, layers, seed):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "model")
-    ppo_gsm8k.load_tokenizer(str(ROOT / "data/tiny/model")).save_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/model")
+    tokenizer.chat_template = (ROOT / "templates/alpaca.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(folder / "model")
     one = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
     gc.collect()
@@ -309,7 +331,7 @@ def compare_ppo(
     """Measure ppo_gsm8k.py beside TRL's PPO trainer or model.generate, or its memory beside copies of the weights.
 
     Args:
-        measure: step, rollout or memory.
+        measure: step, rollout, mixed or memory.
         vocab: entries of the vocabulary in --measure step; 0 for the embedded model's own 1,024.
         batch_size: prompts of a step or of a rollout; 0 for 16 and 64.
         response_length: longest response, in tokens.
@@ -320,12 +342,13 @@ def compare_ppo(
         folder: of the model whose memory is measured: for the process that this script starts.
         seed: of models and prompts.
     """
-    if measure not in ("step", "rollout", "memory", "memory_of_step"):
-        raise ValueError(f"--measure {measure}: step, rollout or memory")
+    if measure not in ("step", "rollout", "mixed", "memory", "memory_of_step"):
+        raise ValueError(f"--measure {measure}: step, rollout, mixed or memory")
     batch_size = batch_size or (16 if measure == "step" else 64)
     if min(batch_size, response_length, rounds, hidden, layers) < 1 or steps < 2 or batch_size % 4 or hidden % 64:
         raise ValueError("--steps must be at least 2, --batch_size a multiple of 4, --hidden of 64, the others above 0")
-    ppo_gsm8k.quiet_libraries()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if measure == "memory_of_step":
         return memory_of_step(Path(folder))
     with tempfile.TemporaryDirectory() as temporary:
@@ -335,10 +358,10 @@ def compare_ppo(
         torch.set_num_threads(1)
         model, tokenizer = starting_model(temporary, vocab if measure == "step" else 0, seed)
         made = ROOT / "data/tiny/train.jsonl"
-        if measure == "rollout":
+        if measure == "mixed":
             made = temporary / "problems.jsonl"
             write_problems_of_mixed_length(made, 1000, seed)
-        problems, _ = ppo_gsm8k.read_problems(str(made), "train", tokenizer, 512, True)
+        problems, _ = ppo_gsm8k.read_problems(str(made), tokenizer, 512)
         ours, others = [], []
         for number in range(rounds):
             gc.collect()
@@ -350,16 +373,17 @@ def compare_ppo(
             else:
                 picked = np.random.default_rng(seed + number).permutation(len(problems))[:batch_size]
                 prompts = [problems[i]["prompt"] for i in picked]
+                uniforms = np.random.default_rng([seed, number]).random((batch_size, response_length), np.float32)
                 (took, mine), (theirs, other) = (
-                    rollout(model, tokenizer, prompts, response_length) for rollout in (our_rollout, library_rollout)
+                    rollout(model, tokenizer, prompts, uniforms) for rollout in (our_rollout, library_rollout)
                 )
-                if mine != other:
-                    raise RuntimeError("the greedy responses differ")
+                if sum(one != two for one, two in zip(mine, other, strict=True)) > 1:  # rounding may turn one
+                    raise RuntimeError("the responses differ")
                 ours, others = [*ours, took], [*others, theirs]
                 lengths = sorted(map(len, mine))
                 sizes = sorted(map(len, prompts))
                 what = f"prompts of {sizes[0]} to {sizes[-1]} tokens, responses of {lengths[0]} to {lengths[-1]}, equal"
-            print(f"round {number + 1}: {what}; {ours[-1]:.2f} s beside {others[-1]:.2f} s", flush=True)
+            print(f"round {number + 1}: {what}; {ours[-1]:.2f} CPU s beside {others[-1]:.2f}", flush=True)
         ratio = statistics.median(b / a for a, b in zip(ours, others, strict=True))
         print(
             f"{'TRL' if measure == 'step' else 'model.generate'} takes {ratio:.2f} times as long (median of {rounds})"
