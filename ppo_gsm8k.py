@@ -1042,7 +1042,8 @@ def save_actor(actor, folder):
         )
         return
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights, is_main_process=PartialState().is_main_process)
+    if PartialState().is_main_process:
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def list_checkpoints(out):
@@ -1442,7 +1443,8 @@ def train_ppo(
         partial.rename(target)
         plot(records, out / "curves.png")
         write_json(out / "run.json", run | {"status": "finished"})
-        ranks.print(f"wrote {target}\nNext: python generate.py --base_model {base_model} --lora_weights {target}")
+        where = f"{base_model} --lora_weights {target}" if lora_r else target
+        ranks.print(f"wrote {target}\nNext: python generate.py --base_model {where}")
     ranks.destroy_process_group()
     return run
 
