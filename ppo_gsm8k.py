@@ -1443,8 +1443,7 @@ def train_ppo(
         partial.rename(target)
         plot(records, out / "curves.png")
         write_json(out / "run.json", run | {"status": "finished"})
-        where = f"{base_model} --lora_weights {target}" if lora_r else target
-        ranks.print(f"wrote {target}\nNext: python generate.py --base_model {where}")
+        ranks.print(f"wrote {target}\nNext: python generate.py --{'lora_weights' if lora_r else 'base_model'} {target}")
     ranks.destroy_process_group()
     return run
 
