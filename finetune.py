@@ -157,7 +157,7 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", None)):  # None: a csv row's surplus cells
+        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if turns is None:
@@ -174,8 +174,8 @@ def to_messages(row, separator="\n"):
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
         raise ValueError(
-            "not alpaca (instruction, input, output), messages, conversations or question and answer, all of them "
-            f"text: {row!r:.150}. python data/prepare.py reads more forms, and names what is wrong with a row"
+            "not alpaca (instruction, input, output), messages, conversations or question and answer, all text; no "
+            f"videos, tools or history: {row!r:.150}. python data/prepare.py reads more forms, and says what is wrong"
         ) from None
     return messages
 
@@ -708,7 +708,7 @@ def train(
         before = json.loads((out / "run.json").read_text("utf-8"))["flags"]
         free = "output_dir data_path overwrite resume_from_checkpoint micro_batch_size".split()
         changed = {}
-        for name in flags.keys() - set(free):
+        for name in flags.keys() - free:
             if flags[name] != before.get(name):
                 changed[name] = before.get(name)
         if changed:
