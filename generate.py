@@ -2,8 +2,7 @@
 Ask a base model, with or without a LoRA adapter: one question, a chat, a file of questions, or a page for a browser.
 
     reads    --base_model, --lora_weights (an adapter folder of finetune.py or ppo_gsm8k.py, or any PEFT adapter)
-             --prompt, or --data_path: any data file that finetune.py reads (OUT/validation.jsonl of a run), or a text
-             file with a prompt a line
+             --prompt, or --data_path: any data file that finetune.py reads (OUT/validation.jsonl of a run)
     writes   the answer to the terminal; for a file --output_dir/predictions.jsonl (a line a row) and summary.json
     then     export_hf_checkpoint.py, or a closer look at the predictions
 
@@ -12,7 +11,7 @@ Ask a base model, with or without a LoRA adapter: one question, a chat, a file o
     a file   python generate.py --data_path data/tiny/test.jsonl --score gsm8k_strict
     a page   python generate.py --ui
     an image python generate.py --lora_weights out/finetune_vl/adapter --image formula.png --prompt "..."
-    a GPU    python generate.py --lora_weights out/mine/adapter --data_path out/mine/validation.jsonl --score rouge
+    a GPU    python generate.py --lora_weights out/mine/adapter --data_path out/mine/validation.jsonl --score chrf
 
 The prompt goes through the chat template that the adapter or checkpoint carries, so the model sees the tokens that
 it was trained on; it stops at the token that ended its training answers. A file that was stopped, even with kill -9,
