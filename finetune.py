@@ -739,6 +739,7 @@ def train(
             seed=seed,
             bf16=dtype == "bfloat16" and on_gpu,
             fp16=dtype == "float16" and on_gpu,
+            use_cpu=not torch.accelerator.is_available(),
             ddp_find_unused_parameters=False,
             deepspeed=str(local_path(deepspeed)) if deepspeed else None,
             activation_checkpointing=activation_checkpointing,

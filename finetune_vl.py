@@ -339,8 +339,7 @@ def pack(examples, processor, model):
         pads = processor.get_number_of_image_patches(1, 1) // processor.merge_size**2
         blank = {"input_ids": [model.config.image_token_id] * pads, "labels": [IGNORE] * pads, "images": [BLANK]}
         examples = [*examples, blank]
-    flatten = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    batch = flatten(examples)
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
     batch["images"] = [example["images"] for example in examples]
     positions = batch["labels"][0, 1:].ne(IGNORE).nonzero()[:, 0]
     batch["logits_to_keep"] = positions
@@ -455,7 +454,7 @@ def pack_model(model, collate, examples):
         packed = model(**batch).logits[0]  # [L, V]
         gap = (packed - torch.cat(alone)).float().norm() / packed.float().norm()
         # half precision rounds, and int8 rounds activations by what else is in their batch
-        exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+        exact = model.dtype == torch.float32 and not hasattr(model, "is_quantized")
         if not gap < (1e-4 if exact else 1e-1):
             raise ValueError(f"packed rows do not work for this model: they change its logits by {gap:.1%}")
 
@@ -796,6 +795,7 @@ def train(
             seed=seed,
             bf16=dtype == "bfloat16" and on_gpu,
             fp16=dtype == "float16" and on_gpu,
+            use_cpu=not torch.accelerator.is_available(),
             ddp_find_unused_parameters=False,
             deepspeed=str(local_path(deepspeed)) if deepspeed else None,
             activation_checkpointing=activation_checkpointing,
@@ -852,11 +852,11 @@ def train(
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack the weights when they are evaluated
     if not zero3:
         model.to(args.device)
-    core = model.get_base_model().model
-    collate = functools.partial(pack, processor=processor, model=core)
-    look = functools.partial(see, processor=processor, model=core)
+    whole = model.get_base_model()
+    collate = functools.partial(pack, processor=processor, model=whole.model)
+    look = functools.partial(see, processor=processor, model=whole.model)
     examples = [] if zero3 else sorted(train_set, key=lambda example: not example["images"])  # those with images first
-    sums = pack_model(model.get_base_model(), lambda some: look(collate(some)), examples[:3])
+    sums = pack_model(whole, lambda some: look(collate(some)), examples[:3])
 
     # 6. trainer, files, and what will happen
     def mean_nll(outputs, labels, num_items_in_batch):
@@ -872,8 +872,7 @@ def train(
         compute_loss_func=mean_nll,
     )
     trainer.sums, prepare = sums, trainer._prepare_inputs
-    # images are opened when their micro-batch runs: Trainer collates those of a whole step beforehand
-    trainer._prepare_inputs = lambda batch: prepare(look(batch))
+    trainer._prepare_inputs = lambda batch: prepare(look(batch))  # opens images when their micro-batch runs
     trainer.batches = MicroBatches(lengths, batch_size, micro_batch_size, args.process_index, world_size, seed)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Report)
