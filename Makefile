@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict --overwrite
+TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict
 CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_docs.py tests/test_size.py
 
 .PHONY: help demo test slow check lint format clean

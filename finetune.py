@@ -157,7 +157,7 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", None)):  # None: a csv row's surplus cells
+        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if turns is None:
@@ -174,8 +174,8 @@ def to_messages(row, separator="\n"):
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
         raise ValueError(
-            "not alpaca (instruction, input, output), messages, conversations or question and answer, all of them "
-            f"text: {row!r:.150}. python data/prepare.py reads more forms, and names what is wrong with a row"
+            "not alpaca (instruction, input, output), messages, conversations or question and answer, all text; no "
+            f"videos, tools or history: {row!r:.150}. python data/prepare.py reads more forms, and says what is wrong"
         ) from None
     return messages
 
@@ -214,8 +214,8 @@ def end_of_answers(tokenizer, add_eos_token=True):
     end = min((token for token in special if token in tail), key=tail.index, default="")
     if add_eos_token and not end:
         raise ValueError(
-            "after an answer the chat template writes no special token of this tokenizer, so the model would never "
-            f"learn to stop; it rendered {text!r}. Take another --prompt_template, or --noadd_eos_token"
+            "after an answer the chat template writes no special token of the tokenizer, so a model would never learn "
+            f"to stop; it rendered {text!r}. Take another template: finetune.py --prompt_template, or --noadd_eos_token"
         )
     return end
 
@@ -241,7 +241,7 @@ def encode(messages, tokenizer, end, train_on_inputs=False, add_eos_token=True):
             raise ValueError(
                 "the chat template does not go on from the prompt that it asks with, or the answer merges with it into "
                 f"other tokens: it asks with {tokenizer.decode(asked[-9:])!r} and tells {text[-200:]!r}. Take the "
-                "white space off the answer, as data/prepare.py does, or take another --prompt_template"
+                "white space off the answer (data/prepare.py does), or another template: finetune.py --prompt_template"
             )
         labels = list(ids) if train_on_inputs else [IGNORE] * len(ids)
         labels[first:last] = ids[first:last]
@@ -706,11 +706,9 @@ def train(
     flags["data_sha256"] = hashlib.sha256(repr(conversations).encode()).hexdigest()
     if checkpoint:
         before = json.loads((out / "run.json").read_text("utf-8"))["flags"]
-        free = "output_dir data_path overwrite resume_from_checkpoint micro_batch_size".split()
-        changed = {}
-        for name in flags.keys() - set(free):
-            if flags[name] != before.get(name):
-                changed[name] = before.get(name)
+        changed = dict(before.items() - flags.items())
+        for name in "output_dir data_path overwrite resume_from_checkpoint micro_batch_size".split():
+            changed.pop(name, None)
         if changed:
             raise ValueError(f"--resume_from_checkpoint: {out} was another run, with {changed}")
 
@@ -808,7 +806,7 @@ def train(
         model=model,
         args=args,
         train_dataset=train_set,
-        eval_dataset=eval_set or None,
+        eval_dataset=eval_set,
         data_collator=functools.partial(pack, packed=micro_batch_size > 1),
         processing_class=tokenizer,
         compute_loss_func=mean_nll,

@@ -13,8 +13,8 @@ LoRA and QLoRA supervised fine-tuning of Qwen2-VL, Qwen2.5-VL and Qwen3-VL on co
     sharded  torchrun --nproc_per_node=8 finetune_vl.py --deepspeed deepspeed/zero3.json --base_model ...
     no GPU   python finetune_vl.py
 
-finetune.py with images: an example's images are opened when it is tokenized, for their size, opened again when the
-micro-batches of its step are made, and forgotten after it. The examples of a micro-batch lie end to end in one row
+finetune.py with images: an example's images are opened when it is tokenized, for their size, opened again when its
+micro-batch runs, and forgotten after it. The examples of a micro-batch lie end to end in one row
 without padding and attend to themselves only, each with its own rotary positions; the output layer sees the labeled
 positions only, in chunks; every label of a step weighs the same, however the step is split.
 
@@ -69,6 +69,7 @@ ROLE_NAMES = {
     "gpt": "assistant",
 }
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+BLANK = b"P5 1 1 255\n\0"  # a file of one black pixel
 IGNORE = -100  # label of a token that carries no loss (the default of F.cross_entropy)
 
 # -----------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", None)):  # None: a csv row's surplus cells
+        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if turns is None:
@@ -179,8 +180,8 @@ def to_messages(row, separator="\n"):
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
         raise ValueError(
-            "not alpaca (instruction, input, output), messages, conversations or question and answer, all of them "
-            f"text: {row!r:.150}. python data/prepare.py reads more forms, and names what is wrong with a row"
+            "not alpaca (instruction, input, output), messages, conversations or question and answer, all text; no "
+            f"videos, tools or history: {row!r:.150}. python data/prepare.py reads more forms, and says what is wrong"
         ) from None
     return messages
 
@@ -225,15 +226,14 @@ def with_image_tokens(messages, images, processor):
 
     images are PIL images, processor transformers' Qwen2VLImageProcessor: a token for each merge_size^2 patches.
     """
-    told, left = [], list(images)
-    for message in messages:
-        content, *others = message["content"].split("<image>")
-        for text in others:
-            image = left.pop(0)
-            pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
-            content += f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>{text}"
-        told.append(message | {"content": content})
-    return told
+    left = iter(images)
+
+    def tokens(mark):
+        image = next(left)
+        pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
+        return f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>"
+
+    return [message | {"content": re.sub("<image>", tokens, message["content"])} for message in messages]
 
 
 def end_of_answers(tokenizer, add_eos_token=True):
@@ -250,8 +250,8 @@ def end_of_answers(tokenizer, add_eos_token=True):
     end = min((token for token in special if token in tail), key=tail.index, default="")
     if add_eos_token and not end:
         raise ValueError(
-            "after an answer the chat template writes no special token of this tokenizer, so the model would never "
-            f"learn to stop; it rendered {text!r}. Take another --prompt_template, or --noadd_eos_token"
+            "after an answer the chat template writes no special token of the tokenizer, so a model would never learn "
+            f"to stop; it rendered {text!r}. Take another template: finetune.py --prompt_template, or --noadd_eos_token"
         )
     return end
 
@@ -277,7 +277,7 @@ def encode(messages, tokenizer, end, train_on_inputs=False, add_eos_token=True):
             raise ValueError(
                 "the chat template does not go on from the prompt that it asks with, or the answer merges with it into "
                 f"other tokens: it asks with {tokenizer.decode(asked[-9:])!r} and tells {text[-200:]!r}. Take the "
-                "white space off the answer, as data/prepare.py does, or take another --prompt_template"
+                "white space off the answer (data/prepare.py does), or another template: finetune.py --prompt_template"
             )
         labels = list(ids) if train_on_inputs else [IGNORE] * len(ids)
         labels[first:last] = ids[first:last]
@@ -328,37 +328,39 @@ class MicroBatches:
 
 
 def pack(examples, processor, model):
-    """Collate examples [{"input_ids": [T], "labels": [T], "images": [...]}] end to end into one row.
+    """Collate examples [{"input_ids": [T], "labels": [T], "images": [...]}] end to end into one row, images as files.
 
-    Returns input_ids [1, N], position_ids [3, 1, N] (time, height and width, from 0 in each example), cu_seq_lens_q
-    (where each starts), max_length_q, pixel_values [P, channels * patch], image_grid_thw [images, 3], and for the L
-    positions that predict a label logits_to_keep [L] and labels [1, L], which Trainer counts as shift_labels.
-    model is transformers' Qwen...VLModel, whose get_rope_index knows the positions. Where no example has an image, a
-    blank one, from which nothing learns, keeps every rank, and every shard of ZeRO-3, in the vision tower.
+    Returns input_ids [1, N], cu_seq_lens_q (where each starts), max_length_q, images (a list an example), and for the L
+    positions that predict a label logits_to_keep [L] and labels [1, L], which Trainer counts as shift_labels. Where no
+    example has an image, a blank one, from which nothing learns, keeps every rank, and every shard of ZeRO-3, in the
+    vision tower.
     """
-    image_token = model.config.image_token_id
-    pictures = [[open_image(image) for image in example["images"]] for example in examples]
-    if not any(pictures):
-        pads = processor.get_number_of_image_patches(56, 56) // processor.merge_size**2
-        examples = [*examples, {"input_ids": [image_token] * pads, "labels": [IGNORE] * pads}]
-        pictures.append([Image.new("RGB", (56, 56))])
-    flatten = transformers.DataCollatorWithFlattening
-    batch = flatten(return_flash_attn_kwargs=True, return_position_ids=False)(examples)
-    inputs, positions = [], []
-    lengths = batch["cu_seq_lens_q"].diff().tolist()
-    for images, ids in zip(pictures, batch["input_ids"].split(lengths, dim=1), strict=True):
-        grid = None
-        if images:
-            inputs.append(processor(images=images, return_tensors="pt"))
-            grid = inputs[-1].image_grid_thw
-        positions.append(model.get_rope_index(ids, ids.eq(image_token).int(), image_grid_thw=grid)[0])
-    batch["position_ids"] = torch.cat(positions, dim=2)
-    for name in ("pixel_values", "image_grid_thw"):
-        batch[name] = torch.cat([images[name] for images in inputs])
+    if not any(example["images"] for example in examples):
+        pads = processor.get_number_of_image_patches(1, 1) // processor.merge_size**2
+        blank = {"input_ids": [model.config.image_token_id] * pads, "labels": [IGNORE] * pads, "images": [BLANK]}
+        examples = [*examples, blank]
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
+    batch["images"] = [example["images"] for example in examples]
     positions = batch["labels"][0, 1:].ne(IGNORE).nonzero()[:, 0]
     batch["logits_to_keep"] = positions
     batch["labels"] = batch["shift_labels"] = batch["labels"][:, positions + 1]
     return batch
+
+
+def see(batch, processor, model):
+    """Return a row of `pack` as the model takes it: its images are opened now.
+
+    They become pixel_values [P, channels * patch] and image_grid_thw [images, 3]; position_ids [3, 1, N] are time,
+    height and width, from 0 in each example. model is transformers' Qwen...VLModel, whose get_rope_index knows them.
+    """
+    files, positions = batch.pop("images"), []
+    opened = [open_image(image) for images in files for image in images]
+    seen = processor(images=opened, return_tensors="pt")
+    grids = seen.image_grid_thw.split([len(images) for images in files])
+    rows = batch["input_ids"].split(batch["cu_seq_lens_q"].diff().tolist(), dim=1)
+    for ids, grid in zip(rows, grids, strict=True):
+        positions.append(model.get_rope_index(ids, ids.eq(model.config.image_token_id).int(), image_grid_thw=grid)[0])
+    return batch | seen | {"position_ids": torch.cat(positions, dim=2)}
 
 
 # -----------------------------------------------------------------------------
@@ -438,7 +440,7 @@ def pack_model(model, collate, examples):
     head, alone = model.get_output_embeddings(), []
     model.eval()
     for example in examples:
-        batch = transformers.BatchEncoding(collate([example])).to(model.device)
+        batch = collate([example]).to(model.device)
         batch["position_ids"] = batch["labels"] = None
         types = batch["input_ids"].eq(model.config.image_token_id).int()
         alone.append(model(**batch, mm_token_type_ids=types).logits[0])  # [L, V] each
@@ -447,12 +449,12 @@ def pack_model(model, collate, examples):
     model.set_attn_implementation({"text_config": "packed_rows", "vision_config": "sdpa"})
 
     if examples:
-        batch = transformers.BatchEncoding(collate(examples)).to(model.device)
+        batch = collate(examples).to(model.device)
         del batch["labels"]
         packed = model(**batch).logits[0]  # [L, V]
         gap = (packed - torch.cat(alone)).float().norm() / packed.float().norm()
         # half precision rounds, and int8 rounds activations by what else is in their batch
-        exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+        exact = model.dtype == torch.float32 and not hasattr(model, "is_quantized")
         if not gap < (1e-4 if exact else 1e-1):
             raise ValueError(f"packed rows do not work for this model: they change its logits by {gap:.1%}")
 
@@ -729,6 +731,7 @@ def train(
 
     # 2. data
     conversations, train_set, eval_set, counts = [], [], [], {"cut": 0, "left_out": 0}
+    digest = hashlib.sha256()  # of texts and, in tokens, of the sizes of images, wherever they are
     rows, folder = load_rows(data_path)[: max_samples or None], (local_path(data_path) or HERE).resolve().parent
     size = round(len(rows) * val_set_size) if val_set_size < 1 else int(val_set_size)
     held_out = set(random.Random(seed).sample(range(len(rows)), min(size, len(rows))))
@@ -741,32 +744,29 @@ def train(
                 raise ValueError(f"--cutoff_len {cutoff_len} cuts its images: lower --max_pixels, or raise it")
         except Exception as error:  # ours, and those of jinja2, of a template that raises, of text that is no Unicode
             raise ValueError(f"{data_path}, row {i + 1}: {error}") from error
-        conversations.append({"messages": messages, "images": images})
+        if i in held_out:
+            conversations.append({"messages": messages, "images": images})
+        digest.update(repr(encoded).encode())
         for ids, labels in encoded:
             if set(labels[1:cutoff_len]) <= {IGNORE}:  # nothing predicts the first token
                 counts["left_out"] += 1
                 continue
             counts["cut"] += len(ids) > cutoff_len
             arrays = np.array([ids, labels], np.int32)[:, :cutoff_len]
-            example = {"input_ids": arrays[0], "labels": arrays[1]}
-            example["images"] = images[
-                : ids.count(config.vision_start_token_id)
-            ]  # fewer in an example of an early turn
+            seen = images[: ids.count(config.vision_start_token_id)]  # fewer in an example of an early turn
+            example = {"input_ids": arrays[0], "labels": arrays[1], "images": seen}
             (eval_set if i in held_out else train_set).append(example)
     if not train_set or held_out and not eval_set:
         raise ValueError(f"--val_set_size {val_set_size:g} or --cutoff_len {cutoff_len} leaves no label to learn")
     lengths = np.array([len(example["input_ids"]) for example in train_set])
 
     # 3. what is used, and whether the run that is resumed had the same
-    flags |= {"learning_rate": learning_rate, "dtype": dtype}
-    flags["data_sha256"] = hashlib.sha256(repr(conversations).encode()).hexdigest()
+    flags |= {"learning_rate": learning_rate, "dtype": dtype, "data_sha256": digest.hexdigest()}
     if checkpoint:
         before = json.loads((out / "run.json").read_text("utf-8"))["flags"]
-        free = "output_dir data_path overwrite resume_from_checkpoint micro_batch_size".split()
-        changed = {}
-        for name in flags.keys() - set(free):
-            if flags[name] != before.get(name):
-                changed[name] = before.get(name)
+        changed = dict(before.items() - flags.items())
+        for name in "output_dir data_path overwrite resume_from_checkpoint micro_batch_size".split():
+            changed.pop(name, None)
         if changed:
             raise ValueError(f"--resume_from_checkpoint: {out} was another run, with {changed}")
 
@@ -852,8 +852,11 @@ def train(
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack the weights when they are evaluated
     if not zero3:
         model.to(args.device)
-    collate = functools.partial(pack, processor=processor, model=model.get_base_model().model)
-    sums = pack_model(model.get_base_model(), collate, [] if zero3 else train_set[:3])
+    whole = model.get_base_model()
+    collate = functools.partial(pack, processor=processor, model=whole.model)
+    look = functools.partial(see, processor=processor, model=whole.model)
+    examples = [] if zero3 else sorted(train_set, key=lambda example: not example["images"])  # those with images first
+    sums = pack_model(whole, lambda some: look(collate(some)), examples[:3])
 
     # 6. trainer, files, and what will happen
     def mean_nll(outputs, labels, num_items_in_batch):
@@ -863,12 +866,13 @@ def train(
         model=model,
         args=args,
         train_dataset=train_set,
-        eval_dataset=eval_set or None,
+        eval_dataset=eval_set,
         data_collator=collate,
         processing_class=tokenizer,
         compute_loss_func=mean_nll,
     )
-    trainer.sums = sums
+    trainer.sums, prepare = sums, trainer._prepare_inputs
+    trainer._prepare_inputs = lambda batch: prepare(look(batch))  # opens images when their micro-batch runs
     trainer.batches = MicroBatches(lengths, batch_size, micro_batch_size, args.process_index, world_size, seed)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Report)
@@ -884,14 +888,12 @@ def train(
         if overwrite:
             for path in [*out.glob("checkpoint-*"), *out.glob("runs")]:
                 shutil.rmtree(path)
-        write_validation(out, [conversations[i] for i in sorted(held_out)])
+        write_validation(out, conversations)
         write_jsonl(out / "log.jsonl", state.get("log_history", []))
         write_json(out / "run.json", run)
         writer = SummaryWriter(str(out / "runs"), purge_step=state.get("global_step", 0) + 1)
         trainer.add_callback(transformers.integrations.TensorBoardCallback(writer))
-        print(
-            f"finetune_vl.py  {base_model} -> {out}    torch {torch.__version__}  {world_size} x {args.device}  {dtype}"
-        )
+        print(f"finetune_vl.py  {base_model} -> {out}    {world_size} x {args.device}  {dtype}")
         print(f"  data        {data_path}: {len(train_set):,} examples, {lengths.sum():,} tokens")
         print(f"  validation  {len(eval_set):,} examples, {out}/validation.jsonl")
         print(f"  cut         {counts['cut']:,} at --cutoff_len {cutoff_len}; {counts['left_out']:,} more left out")
@@ -902,7 +904,7 @@ def train(
 
     # 7. train
     try:
-        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     except KeyboardInterrupt:
         print(f"\ninterrupted after step {trainer.state.global_step}: --resume_from_checkpoint auto goes on")
         sys.exit(130)
@@ -916,7 +918,7 @@ def train(
             shutil.copy(path, partial)
         tokenizer.save_pretrained(partial)
         processor.save_pretrained(partial)
-        stops = {tokenizer.convert_tokens_to_ids(token) for token in (end, tokenizer.eos_token) if token}
+        stops = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id}
         transformers.GenerationConfig(eos_token_id=sorted(stops)).save_pretrained(partial)
         shutil.rmtree(out / "adapter", ignore_errors=True)
         partial.rename(out / "adapter")

@@ -2,8 +2,7 @@
 Ask a base model, with or without a LoRA adapter: one question, a chat, a file of questions, or a page for a browser.
 
     reads    --base_model, --lora_weights (an adapter folder of finetune.py or ppo_gsm8k.py, or any PEFT adapter)
-             --prompt, or --data_path: any data file that finetune.py reads (OUT/validation.jsonl of a run), or a text
-             file with a prompt a line
+             --prompt, or --data_path: any data file that finetune.py reads (OUT/validation.jsonl of a run)
     writes   the answer to the terminal; for a file --output_dir/predictions.jsonl (a line a row) and summary.json
     then     export_hf_checkpoint.py, or a closer look at the predictions
 
@@ -12,7 +11,7 @@ Ask a base model, with or without a LoRA adapter: one question, a chat, a file o
     a file   python generate.py --data_path data/tiny/test.jsonl --score gsm8k_strict
     a page   python generate.py --ui
     an image python generate.py --lora_weights out/finetune_vl/adapter --image formula.png --prompt "..."
-    a GPU    python generate.py --lora_weights out/mine/adapter --data_path out/mine/validation.jsonl --score rouge
+    a GPU    python generate.py --lora_weights out/mine/adapter --data_path out/mine/validation.jsonl --score chrf
 
 The prompt goes through the chat template that the adapter or checkpoint carries, so the model sees the tokens that
 it was trained on; it stops at the token that ended its training answers. A file that was stopped, even with kill -9,
@@ -35,7 +34,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -48,8 +47,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from pyarrow import parquet
-from rapidfuzz.distance import LCSseq, Levenshtein
-from safetensors.torch import load_file
+from rapidfuzz.distance import Levenshtein
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
@@ -58,6 +56,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    TextIteratorStreamer,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -69,7 +68,7 @@ ROLE_NAMES = {
     "human": "user",
     "gpt": "assistant",
 }
-BUILT_IN = ("gsm8k_strict", "gsm8k_flexible", "exact", "rouge", "latex")  # scores
+BUILT_IN = ("gsm8k_strict", "gsm8k_flexible", "exact", "chrf", "latex")  # scores
 
 # -----------------------------------------------------------------------------
 # shared with the other scripts, word for word: tests/test_copies.py compares them
@@ -162,7 +161,7 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", None)):  # None: a csv row's surplus cells
+        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if turns is None:
@@ -179,8 +178,8 @@ def to_messages(row, separator="\n"):
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
         raise ValueError(
-            "not alpaca (instruction, input, output), messages, conversations or question and answer, all of them "
-            f"text: {row!r:.150}. python data/prepare.py reads more forms, and names what is wrong with a row"
+            "not alpaca (instruction, input, output), messages, conversations or question and answer, all text; no "
+            f"videos, tools or history: {row!r:.150}. python data/prepare.py reads more forms, and says what is wrong"
         ) from None
     return messages
 
@@ -257,41 +256,18 @@ def with_image_tokens(messages, images, processor):
 
     images are PIL images, processor transformers' Qwen2VLImageProcessor: a token for each merge_size^2 patches.
     """
-    told, left = [], list(images)
-    for message in messages:
-        content, *others = message["content"].split("<image>")
-        for text in others:
-            image = left.pop(0)
-            pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
-            content += f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>{text}"
-        told.append(message | {"content": content})
-    return told
+    left = iter(images)
+
+    def tokens(mark):
+        image = next(left)
+        pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
+        return f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>"
+
+    return [message | {"content": re.sub("<image>", tokens, message["content"])} for message in messages]
 
 
 # -----------------------------------------------------------------------------
 # scores
-
-
-def rouge(answer, reference):
-    """Return the F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004, sections 2 and 3.1) of an answer, without stemming.
-
-    Of text in the Latin alphabet the tokens are those of the rouge_score package: words in lower case. Scripts that
-    put no spaces between words (Chinese, Japanese, Thai, ...) count by the character.
-    """
-    alone = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-    a, b = (re.findall(rf"[{alone}]|[^\W_{alone}]+", text.lower()) for text in (answer, reference))
-    pairs = list(zip(a, a[1:])), list(zip(b, b[1:]))
-
-    def f1(common, one, other):
-        return 2 * common / max(1, len(one) + len(other))
-
-    longest = f1(LCSseq.similarity(a, b), a, b)
-    return {
-        "score": longest,
-        "rouge1": f1((Counter(a) & Counter(b)).total(), a, b),
-        "rouge2": f1((Counter(pairs[0]) & Counter(pairs[1])).total(), *pairs),
-        "rougeL": longest,
-    }
 
 
 def latex(answer, reference):
@@ -312,26 +288,19 @@ def latex(answer, reference):
     }
 
 
-def load_function(score):
-    """Return the function that --score path.py:function names."""
-    path, _, name = score.rpartition(":")
-    try:
-        return runpy.run_path(path)[name]
-    except Exception as error:  # whatever the user's file does
-        raise ValueError(f"--score {score} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def score_answer(answer, item, score, source):
+def score_answer(item, score, source):
     """Return {"score": ..., and what else the score gives} of one answer; score is a name or a function.
 
     A function is called as verl calls one (its reward_score), with the source, the reference and {"index": ...}. It
     returns a number or a dict with a number as `score`.
     """
-    reference = item.get("reference")
+    answer, reference = item["prediction"], item.get("reference")
     if score == "exact":
         return {"score": float(answer.strip() == reference.strip())}
-    if score in ("rouge", "latex"):
-        return {"rouge": rouge, "latex": latex}[score](answer, reference)
+    if score == "chrf":
+        return {"score": sacrebleu.sentence_chrf(answer, [reference]).score / 100}
+    if score == "latex":
+        return latex(answer, reference)
     if not callable(score):
         return {"score": compute_score(answer, final_number(reference, "strict"), score.removeprefix("gsm8k_"))}
     found = score(
@@ -377,26 +346,24 @@ def find_model(base_model, lora_weights):
 
 def attach_adapter(model, lora_weights):
     """Return `model` with the adapter of a folder, once every tensor of it has found its place."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     try:
-        saved = load_file(Path(lora_weights) / "adapter_model.safetensors")
+        (Path(lora_weights) / "adapter_model.safetensors").stat()  # peft would look for a missing file on the hub
         model = PeftModel.from_pretrained(model, lora_weights)
-        here = get_peft_model_state_dict(model, save_embedding_layers=False)
+        loaded = model.load_adapter(lora_weights, "default")  # once more: this returns what did not fit
     except Exception as error:  # peft, torch and safetensors have their own kinds; torch lists every tensor
         raise ValueError(f"--lora_weights {lora_weights} does not fit this base model: {error!s:.300}") from error
-    odd = sorted(name for name in saved.keys() ^ here.keys() if "lora" in name)
+    odd = loaded.missing_keys + loaded.unexpected_keys
     if odd:
         raise ValueError(f"--lora_weights {lora_weights} does not fit this base model: {', '.join(odd[:3])}, ...")
     return model
 
 
-def stop_tokens(model, tokenizer, lora_weights):
-    """Return every token id that ends an answer: the adapter's or checkpoint's, the template's and the tokenizer's."""
-    config = model.generation_config
-    if lora_weights and (Path(lora_weights) / "generation_config.json").exists():
-        config = GenerationConfig.from_pretrained(lora_weights)
-    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+def stop_tokens(model, tokenizer):
+    """Return every token id that ends an answer: the checkpoint's, the template's and the tokenizer's."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
     turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
     tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
     ids = tokenizer(tail, add_special_tokens=False).input_ids
@@ -404,13 +371,9 @@ def stop_tokens(model, tokenizer, lora_weights):
     return sorted({*stops, *special[:1], tokenizer.eos_token_id} - {None})
 
 
-def fingerprint(folder):
-    """Return what tells a folder's model from another: names, sizes and times of its files."""
-    files = []
-    for path in sorted(Path(folder).glob("*")):
-        stat = path.stat()
-        files.append([path.name, stat.st_size, stat.st_mtime_ns])
-    return files
+def changed_at(folder):
+    """Return when a file of a folder was last written, in nanoseconds; 0 for what is no folder of this machine."""
+    return max((path.stat().st_mtime_ns for path in Path(folder).glob("*")), default=0)
 
 
 # -----------------------------------------------------------------------------
@@ -425,8 +388,6 @@ def check_sampling(max_new_tokens, temperature, top_p, top_k, num_beams, repetit
         raise ValueError("--num_beams and --max_new_tokens must be at least 1")
     if not temperature and (top_p != 1 or top_k):
         raise ValueError("--top_p and --top_k do nothing at --temperature 0: set a temperature")
-    if num_beams > 1 and temperature:
-        raise ValueError(f"--num_beams {num_beams} searches and --temperature {temperature} samples: give one of them")
 
 
 def to_generation_config(stops, temperature, top_p, top_k, seed, **settings):
@@ -434,7 +395,7 @@ def to_generation_config(stops, temperature, top_p, top_k, seed, **settings):
     if temperature:
         settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     # padding is masked, and what follows a stop is dropped: any token of the model does
-    return GenerationConfig(**settings, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0)
+    return GenerationConfig(**settings, eos_token_id=stops, pad_token_id=0)
 
 
 def encode_prompt(messages, images, tokenizer, processor, max_new_tokens, context):
@@ -470,7 +431,7 @@ def answer_batch(model, batch, config, **kwargs):
     )
     answers = []
     for row in out[:, ids.shape[1] :].tolist():
-        ends = [i for i, token in enumerate(row) if token in (config.eos_token_id or [])]
+        ends = [i for i, token in enumerate(row) if token in config.eos_token_id]
         answers.append((row[: ends[0]], False) if ends else (row, True))
     return answers
 
@@ -480,35 +441,26 @@ def stream_answer(model, tokenizer, ids, config, **pixels):
 
     The model works in a thread, which stops at its next token once the caller no longer listens.
     """
-    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    closed, results = threading.Event(), []
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed, text = threading.Event(), ""
 
     def stopped(ids, scores, **kwargs):
         return torch.full((len(ids),), closed.is_set(), device=ids.device)
 
-    def work():
-        kwargs = pixels | ({"streamer": streamer} if config.num_beams == 1 else {})  # beams are known at the end only
+    kwargs = pixels | {"stopping_criteria": [stopped]}
+    if config.num_beams == 1:  # beams are known at the end only
+        kwargs["streamer"] = streamer
+    with ThreadPoolExecutor() as pool:
+        work = pool.submit(answer_batch, model, [ids], config, **kwargs)
+        work.add_done_callback(lambda work: streamer.end())  # after an error, too
         try:
-            results.extend(answer_batch(model, [ids], config, stopping_criteria=[stopped], **kwargs))
-        except BaseException as error:  # belongs to the caller's thread
-            results.append(error)
-        streamer.end()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        text = ""
-        for piece in streamer:
-            text += piece
-            yield text, None
-        thread.join()
-        if isinstance(results[0], BaseException):
-            raise results[0]
-        answer, cut = results[0]
-        yield tokenizer.decode(answer, skip_special_tokens=True), cut
-    finally:
-        closed.set()
-        thread.join()
+            for piece in streamer:
+                text += piece
+                yield text, None
+        finally:
+            closed.set()
+        answer, cut = work.result()[0]
+    yield tokenizer.decode(answer, skip_special_tokens=True), cut
 
 
 def print_answer(stream, limit):
@@ -555,22 +507,13 @@ def chat_in_terminal(stream, prompt, marks, limit):
 # a file that can be stopped
 
 
-def read_batches(log, settings):
-    """Return the batches of answers in a log of the same settings; what a killed process left unfinished is cut off.
-
-    The first line holds the settings, each other line the answers of a batch.
-    """
-    data = log.read_bytes() if log.exists() else b""
-    size = data.rfind(b"\n") + 1
-    if not size:
-        log.write_text(json.dumps(settings) + "\n")
-        return []
-    os.truncate(log, size)
-    before, *batches = [json.loads(line) for line in data[:size].splitlines()]
-    if before != settings:
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        raise ValueError(f"{log} was begun with other {', '.join(changed)}: --overwrite it, or another --output_dir")
-    return batches
+def read_batches(log):
+    """Return the batches of answers in a log, a line each; what a killed process left unfinished is cut off."""
+    with open(log, "ab+") as file:
+        file.seek(0)
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+    return [json.loads(line) for line in data.split(b"\n")[:-1]]
 
 
 def write_predictions(path, records):
@@ -581,33 +524,11 @@ def write_predictions(path, records):
     partial.replace(path)
 
 
-def answer_file(log, done, batches, answer):
-    """Answer the batches after those in `done`, adding each to the log once it is whole; returns {index: answer}.
-
-    `answer(n, batch)` returns the records of the n-th batch.
-    """
-    with open(log, "a", encoding="utf-8") as file:
-        for n in tqdm(range(len(done), len(batches)), disable=None):
-            done.append(answer(n, batches[n]))
-            file.write(json.dumps(done[-1]) + "\n")
-            file.flush()
-    return {record["index"]: record for batch in done for record in batch}
-
-
 # -----------------------------------------------------------------------------
 # a page
 
 
-def check_address(host, password):
-    """Refuse an address that others reach without a password."""
-    if host not in ("127.0.0.1", "localhost", "::1") and not password:
-        raise ValueError(
-            f"--host {host} lets others in: set a password, in the environment as LOOSELEAF_PASSWORD (other users of "
-            "this machine can read a --password)"
-        )
-
-
-def open_page(stream, title, sampling, sees, host, port, password):
+def open_page(stream, title, sampling, sees):
     """Serve a chat page until Ctrl-C; `stream(messages, images, **sampling)` yields answers as stream_answer does.
 
     sees: whether the model takes images.
@@ -621,10 +542,14 @@ def open_page(stream, title, sampling, sees, host, port, password):
         if sees:
             content += [{"file": {"path": path}} for path in asked["files"]]
         for turn in [*history, {"role": "user", "content": content}]:
-            seen = [part["file"]["path"] for part in turn["content"] if "file" in part]
-            text = "".join(part["text"] for part in turn["content"] if "text" in part)
-            messages.append({"role": turn["role"], "content": "<image>" * len(seen) + text})
-            images += seen
+            text = ""
+            for part in turn["content"]:
+                if "file" in part:
+                    images.append(part["file"]["path"])
+                    text = "<image>" + text
+                else:
+                    text += part["text"]
+            messages.append({"role": turn["role"], "content": text})
         try:
             given = {}
             for name, value in zip(sampling, values, strict=True):
@@ -642,19 +567,16 @@ def open_page(stream, title, sampling, sees, host, port, password):
         controls.append(gradio.Number(value, label=name.replace("_", " ")))
     gradio.ChatInterface(
         reply,
-        title="looseleaf",
-        description=title,
+        title=title,
         multimodal=sees,
         # as the model wrote it: Markdown would take "#### 42" for a heading
-        chatbot=gradio.Chatbot(render_markdown=False),
+        chatbot=gradio.Chatbot(render_markdown=False, buttons=["copy", "copy_all"]),  # and none that shares it
         additional_inputs=controls,
         additional_inputs_accordion="sampling",
-        concurrency_limit=1,
         api_visibility="private",
     ).launch(
-        server_name=host,
-        server_port=port or None,
-        auth=("looseleaf", password) if password else None,
+        server_name="127.0.0.1",  # whatever GRADIO_SERVER_NAME says: nobody is asked for a password
+        share=False,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none of another site
     )
 
@@ -669,7 +591,6 @@ def generate(
     chat: bool = False,
     data_path: str = "",
     output_dir: str = "out/generate",
-    overwrite: bool = False,
     score: str = "",
     prompt_template: str = "",
     # sampling
@@ -682,9 +603,6 @@ def generate(
     seed: int = 42,
     # a page
     ui: bool = False,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    password: str = "",
     # memory and speed
     max_samples: int = 0,
     micro_batch_size: int = 32,
@@ -706,8 +624,7 @@ def generate(
         chat: talk in the terminal, over several turns; --prompt is then the first.
         data_path: data file or hub id, in any of the forms of data/README.md.
         output_dir: where everything of this run is written.
-        overwrite: replace what an earlier run left in --output_dir.
-        score: compare with the file's answers: gsm8k_strict, gsm8k_flexible, exact, rouge, latex or path.py:function.
+        score: compare with the file's answers: gsm8k_strict, gsm8k_flexible, exact, chrf, latex or path.py:function.
         prompt_template: chat template: a name of templates/ or a .jinja file. Empty: what the model carries, or alpaca.
         max_new_tokens: longest answer, in tokens.
         temperature: of sampling; 0 takes the likeliest token. Above 0, --micro_batch_size changes what is drawn.
@@ -716,10 +633,7 @@ def generate(
         num_beams: beams of a beam search; 1 for none.
         repetition_penalty: above 1 makes tokens that are there already less likely.
         seed: of everything random.
-        ui: open a chat page for the browser; needs gradio (requirements-ui.txt).
-        host: address that the page listens on; any but this machine's own needs a password.
-        port: of the page; 0 for any that is free.
-        password: for the page, of the user looseleaf; better as LOOSELEAF_PASSWORD in the environment.
+        ui: open a chat page for browsers on this machine; needs gradio (requirements-ui.txt).
         max_samples: use only the first so many rows of each source; 0 for all.
         micro_batch_size: examples that one device processes at a time; only rounding, memory and speed depend on it.
         dtype: of the base weights: auto (bfloat16 on a GPU that has it, else float32), bfloat16, float16 or float32.
@@ -739,39 +653,40 @@ def generate(
     check_sampling(**sampling)
     if chat + bool(data_path) + ui > 1:
         raise ValueError("--prompt or --chat, --data_path, --ui: one at a time")
-    if (score or overwrite or max_samples) and not data_path:
-        raise ValueError("--score, --overwrite, --max_samples go with --data_path")
+    if (score or max_samples) and not data_path:
+        raise ValueError("--score and --max_samples go with --data_path")
     if (input or image) and (data_path or not prompt):
         raise ValueError("--input and --image go with --prompt")
     if micro_batch_size < 1:
         raise ValueError(f"--micro_batch_size {micro_batch_size} must be at least 1")
-    scorer = load_function(score) if ".py:" in score else score
-    if score and scorer == score and score not in BUILT_IN:
+    scorer = score
+    if ".py:" in score:
+        path, _, name = score.rpartition(":")
+        try:
+            scorer = runpy.run_path(path)[name]
+        except Exception as error:  # whatever the user's file does
+            raise ValueError(f"--score {score} cannot be loaded: {type(error).__name__}: {error}") from error
+    elif score and score not in BUILT_IN:
         raise ValueError(f"--score {score}: one of {', '.join(BUILT_IN)}, or path.py:function")
-    password = password or os.environ.get("LOOSELEAF_PASSWORD", "")
-    if ui:
-        check_address(host, password)
-        if not importlib.util.find_spec("gradio"):
-            raise ValueError("--ui needs gradio: pip install gradio, or the exact set of requirements-ui.txt")
-    device = "mps" if torch.backends.mps.is_available() else "cpu"
-    if torch.cuda.is_available():
-        device = "cuda"
+    if ui and not importlib.util.find_spec("gradio"):
+        raise ValueError("--ui needs gradio: pip install gradio, or the exact set of requirements-ui.txt")
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype {dtype}: one of auto, bfloat16, float16, float32")
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for a renamed property
     base_model, lora_weights = find_model(base_model, lora_weights)
     base = str(local_path(base_model) or base_model)
     carries = lora_weights and (Path(lora_weights) / "tokenizer_config.json").exists()
+    source = lora_weights if carries else base  # of the tokenizer and its template
     processor, images = None, image.split(",") if image else []
     try:
         config = transformers.AutoConfig.from_pretrained(base).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(lora_weights if carries else base)
+        tokenizer = AutoTokenizer.from_pretrained(source)
         if "_vl" in config.model_type:
-            processor = AutoImageProcessor.from_pretrained(lora_weights if carries else base)
+            processor = AutoImageProcessor.from_pretrained(source)
         template, separator = use_template(tokenizer, prompt_template)
     except (OSError, ValueError) as error:
         raise ValueError(f"--base_model {base_model}, --prompt_template {prompt_template}: {error!s:.500}") from error
@@ -787,52 +702,51 @@ def generate(
     print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {dtype}  template {template}")
 
     # 2. the rows of a file: prompts, references, and what is wrong with a row
-    items, rows = [], []
-    if data_path.endswith(".txt"):
-        rows = [{"question": line} for line in Path(data_path).read_text("utf-8").splitlines() if line]
-    elif data_path:
-        rows = load_rows(data_path)
-        folder = (local_path(data_path) or HERE).resolve().parent
+    rows, items, order, done, scores = [], [], [], [], []
+    if data_path:
+        rows, folder = load_rows(data_path), (local_path(data_path) or HERE).resolve().parent
     for index, row in enumerate(rows[: max_samples or None]):
-        item = {"index": index}
+        item, shown = {"index": index}, []
         items.append(item)
         try:
             if processor:
-                item["messages"], item["images"] = to_conversation(row, prompt, folder, separator)
+                messages, shown = to_conversation(row, prompt, folder, separator)
             else:
-                item["messages"], item["images"] = to_messages(row, separator), []
-            if item["messages"][-1]["role"] == "assistant":
-                item["reference"] = item["messages"].pop()["content"]
-            item["ids"] = encode_prompt(item["messages"], item["images"], tokenizer, processor, max_new_tokens, context)
+                messages = to_messages(row, separator)
+            item["messages"] = messages
+            if messages[-1]["role"] == "assistant":
+                item["reference"] = messages.pop()["content"]
+            ids = encode_prompt(messages, shown, tokenizer, processor, max_new_tokens, context)
             number = final_number(item.get("reference", ""), "strict")
             if "reference" not in item and score in BUILT_IN or score.startswith("gsm8k") and number is None:
                 raise ValueError(f"--score {score}: the row has nothing to compare with (answer, '#### number')")
+            order.append((ids, shown, item))
         except ValueError as error:
             item["error"] = str(error)
             print(f"  left out row {index + 1}: {error}")
-    # batches of like length, the longest first: what does not fit into memory fails at once
-    order = [item for item in items if "error" not in item]
-    order.sort(key=lambda item: -len(item["ids"]))
     if data_path and not order:
         raise ValueError(f"{data_path}, row 1: {items[0]['error']}")
+    # batches of like length, the longest first: what does not fit into memory fails at once
+    order.sort(key=lambda asked: -len(asked[0]))
     batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
-    log, target = Path(output_dir) / "answers.jsonl", Path(output_dir) / "predictions.jsonl"
+    # the log is named by a digest of all that may change an answer, so other answers are in other files
     settings = sampling | {
-        "model": [base, *fingerprint(base)],
-        "adapter": [lora_weights, *fingerprint(lora_weights or "nothing")],
-        "prompts": hashlib.sha256(repr([[item["ids"], item["images"]] for item in order]).encode()).hexdigest(),
+        "base_model": base_model,
+        "lora_weights": lora_weights,
+        "data_path": data_path,
+        "prompt_template": template,
         "micro_batch_size": micro_batch_size,
         "dtype": [device, dtype, load_in_8bit, load_in_4bit],
         "versions": [torch.__version__, transformers.__version__],
     }
-    done = []
+    digest = hashlib.sha256(repr([settings, changed_at(base), changed_at(lora_weights or base)]).encode())
+    for ids, shown, _ in order:
+        digest.update(repr([ids, shown]).encode())
+    out = Path(output_dir)
+    log = out / f"answers-{digest.hexdigest()[:12]}.jsonl"
     if data_path:
-        if target.exists() and not log.exists() and not overwrite:
-            raise ValueError(f"{target} is not of this script: --overwrite it, or another --output_dir")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            log.unlink(missing_ok=True)
-        done = read_batches(log, settings)
+        out.mkdir(parents=True, exist_ok=True)
+        done = read_batches(log)
 
     # 3. model
     if not data_path or len(done) < len(batches):
@@ -856,8 +770,8 @@ def generate(
             raise ValueError(f"--base_model {base_model} has no {', '.join(sorted(info['missing_keys']))}")
         if not quantization:
             model.to(device)
-        stops = stop_tokens(model, tokenizer, lora_weights)
-        model.generation_config = to_generation_config(stops, 0, 1, 0, 0)  # nothing of the model's own leaks in
+        stops = stop_tokens(model, tokenizer)
+        model.generation_config = GenerationConfig()  # nothing of the model's own leaks in
         model = attach_adapter(model, lora_weights).eval() if lora_weights else model.eval()
 
     def see(paths):
@@ -875,8 +789,7 @@ def generate(
 
     # 4. one answer, a chat or a page
     if ui:
-        title = f"{base_model} + {lora_weights or 'no adapter'}, template {template}"
-        return open_page(stream, title, sampling, bool(processor), host, port, password)
+        return open_page(stream, f"{base_model} + {lora_weights or 'no adapter'}", sampling, bool(processor))
     question = separator.join(text for text in (prompt, input) if text)
     marks = "<image>" * len(images)
     if chat:
@@ -887,44 +800,33 @@ def generate(
         return print_answer(stream([{"role": "user", "content": marks + question}]), max_new_tokens)
 
     # 5. a file
-    def answer(n, batch):
-        """Return the records of the answers to the n-th batch, a list of items."""
-        # each batch has its own draws: the same ones in a run that was stopped and one that was not
-        transformers.set_seed(seed + 100003 * n)
-        pixels = see([image for item in batch for image in item["images"]])
-        prompts = [item["ids"] for item in batch]
-        made = answer_batch(model, prompts, to_generation_config(stops, **sampling), **pixels)
-        records = []
-        for item, (ids, cut) in zip(batch, made, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            record = {
-                "index": item["index"],
-                "prediction": text,
-                "cut": cut,
-                "tokens": len(ids),
-            }
-            records.append(record)
-        return records
-
     try:
-        answers = answer_file(log, done, batches, answer)
+        with open(log, "a", encoding="utf-8") as file:
+            for n in tqdm(range(len(done), len(batches)), disable=None):
+                # each batch has its own draws: the same ones in a run that was stopped and one that was not
+                transformers.set_seed(seed + 100003 * n)
+                prompts, shown, _ = zip(*batches[n], strict=True)
+                pixels = see(sum(shown, []))
+                records = []
+                for ids, cut in answer_batch(model, prompts, to_generation_config(stops, **sampling), **pixels):
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    records.append({"prediction": text, "cut": cut, "tokens": len(ids)})
+                done.append(records)
+                file.write(json.dumps(records) + "\n")  # a batch is whole, or not there
+                file.flush()
     except KeyboardInterrupt:
         raise SystemExit(f"stopped: what is answered is in {log}, and the same command goes on") from None
-    predictions, scores = [], []
-    for item in items:
-        item = {name: item[name] for name in item if name not in ("ids", "images")}
-        predictions.append(item | answers.get(item["index"], {}))
-        if score and "error" not in item:
-            scores.append(score_answer(predictions[-1]["prediction"], item, scorer, data_path))
-            predictions[-1] |= scores[-1]
-    summary = {
-        "base_model": base_model,
-        "lora_weights": lora_weights,
-        "data_path": data_path,
+    answers = sum(done, [])
+    for (_, _, item), record in zip(order, answers, strict=True):
+        item.update(record)
+        if score:
+            scores.append(score_answer(item, scorer, data_path))
+            item.update(scores[-1])
+    summary = settings | {
         "rows": len(items),
         "answered": len(answers),
-        "cut": sum(record["cut"] for record in answers.values()),
-        "tokens": sum(record["tokens"] for record in answers.values()),
+        "cut": sum(record["cut"] for record in answers),
+        "tokens": sum(record["tokens"] for record in answers),
     }
     print(f"{len(answers):,} answers, {summary['tokens']:,} tokens")
     for name in scores[0] if scores else []:
@@ -933,10 +835,10 @@ def generate(
             summary[name] = {"mean": mean, "standard_error": error}
             told = score if name == "score" else name
             print(f"{told} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
-    write_predictions(target, predictions)
-    write_json(log.with_name("summary.json"), summary)
+    write_predictions(out / "predictions.jsonl", items)
+    write_json(out / "summary.json", summary)
     print(f"{summary['cut']:,} cut at --max_new_tokens {max_new_tokens}, {len(items) - len(answers):,} rows left out")
-    print(f"wrote {output_dir}/predictions.jsonl and summary.json")
+    print(f"wrote {out}/predictions.jsonl and summary.json")
     return summary
 
 

@@ -69,12 +69,13 @@ def run_cli(fn):
 
 
 def write_prompts(path, count, seed):
-    """Write `count` questions, a line each: a geometric number of the embedded problems in one, 8 at most."""
+    """Write `count` questions as rows: a geometric number of the embedded problems in one, 8 at most."""
     rng = random.Random(seed)
     rows = [json.loads(line) for line in (ROOT / "data" / "tiny" / "test.jsonl").read_text().splitlines()]
     lengths = [min(8, 1 + int(rng.expovariate(0.5))) for _ in range(count)]
-    lines = [" ".join(row["question"] for row in rng.choices(rows, k=length)) for length in lengths]
-    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    questions = [" ".join(row["question"] for row in rng.choices(rows, k=length)) for length in lengths]
+    lines = [json.dumps({"question": question}) + "\n" for question in questions]
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def in_batches(prompts, model, max_new_tokens, micro_batch_size):
@@ -96,8 +97,7 @@ def with_generate(prompts, model, max_new_tokens, answer_all):
     config = script.GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[tokenizer.eos_token_id], pad_token_id=0
     )
-    lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-    turns = [[{"role": "user", "content": line}] for line in lines]
+    turns = [script.to_messages(row) for row in script.load_rows(prompts)]
     ids = [tokenizer.apply_chat_template(turn, add_generation_prompt=True).input_ids for turn in turns]
     return [tokenizer.decode(new, skip_special_tokens=True) for new in answer_all(model, ids, config)]
 
@@ -143,7 +143,7 @@ def compare_answering(
     torch.set_num_threads(1)  # as generate.py does for a model of this size
     model = script.find_model("", lora_weights)
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "prompts.txt")
+        path = str(Path(folder) / "prompts.jsonl")
         write_prompts(path, prompts, seed)
         sides = {"in batches": lambda: in_batches(path, model, max_new_tokens, micro_batch_size)}
         sides["one by one"] = lambda: with_generate(path, model, max_new_tokens, each_alone)

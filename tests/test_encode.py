@@ -584,7 +584,7 @@ def test_a_generation_prompt_that_ends_in_a_space_merges_and_is_shown(tokenizer)
     ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer.chat_template = loop("{{ message.role + ': ' + message.content + eos_token + '\n' }}", ask)
     message = said(encoded, talk("q", "is the sum"), tokenizer)
-    assert "assistant: '" in message and "take another --prompt_template" in message
+    assert "assistant: '" in message and "another template: finetune.py --prompt_template" in message
     tokenizer.chat_template = tokenizer.chat_template.replace(": '", ":'")
     assert_as_served(tokenizer, talk("q", "is the sum"))
 

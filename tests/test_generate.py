@@ -7,14 +7,16 @@ and bad input.
 
 import json
 import math
-import random
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 import generate as script
-from generate import compute_score, final_number, generate, mean_and_error, rouge, score_answer
+from generate import compute_score, final_number, generate, mean_and_error, score_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny" / "model"
@@ -40,9 +42,12 @@ def answers(folder="out/generate"):
 
 
 def ask(**flags):
-    """Answer the first 24 test problems, or what `flags` say; returns the rows of the prediction file."""
-    generate(**({"data_path": str(DATA), "max_samples": 24, "max_new_tokens": 40, "overwrite": True} | flags))
-    return answers(flags.get("output_dir", "out/generate"))
+    """Answer the first 24 test problems, or what `flags` say, afresh; returns the rows of the prediction file."""
+    flags = {"data_path": str(DATA), "max_samples": 24, "max_new_tokens": 40, "output_dir": "out/generate"} | flags
+    for log in Path(flags["output_dir"]).glob("answers-*.jsonl"):
+        log.unlink()
+    generate(**flags)
+    return answers(flags["output_dir"])
 
 
 def texts(rows):
@@ -175,7 +180,7 @@ def test_compute_score_compares_text_and_reads_the_last_300_characters():
 
 def test_score_answer_takes_the_number_of_the_reference():
     def score(answer, reference, name):
-        return score_answer(answer, {"index": 0, "reference": reference}, name, "here")["score"]
+        return score_answer({"index": 0, "prediction": answer, "reference": reference}, name, "here")["score"]
 
     reference = "a long way" + " to go" * 100 + " 3\n#### 1,024"
     assert score("#### 1024", reference, "gsm8k_strict") == 1.0
@@ -184,39 +189,35 @@ def test_score_answer_takes_the_number_of_the_reference():
     assert score(" yes\n", "yes", "exact") == 1.0 and score("Yes", "yes", "exact") == 0.0
 
 
+def chrf_by_hand(answer, reference):
+    """The F2 of the mean precision and recall of n-grams of 1 to 6 characters, white space left out (Popovic 2015)."""
+    answer, reference = ("".join(text.split()) for text in (answer, reference))
+    precision, recall = [], []
+    for n in range(1, 7):
+        a, b = (Counter(text[k : k + n] for k in range(len(text) - n + 1)) for text in (answer, reference))
+        if a and b:
+            common = (a & b).total()
+            precision.append(common / a.total())
+            recall.append(common / b.total())
+    precision, recall = mean(precision), mean(recall)
+    return 5 * precision * recall / (4 * precision + recall)
+
+
 @pytest.mark.parametrize(
-    "answer, reference, expected",
+    "answer, reference",
     [
-        ("the cat sat on the mat", "the cat lay on the mat", (5 / 6, 3 / 5, 5 / 6)),
-        ("a b c d", "d c b a", (1, 0, 0.25)),
-        ("The the THE", "the", (0.5, 0, 0.5)),  # counts are clipped; case and punctuation do not matter
-        ("it is 4.5, no?", "it is 4 5 no", (1, 1, 1)),
-        ("甲乙丙丁", "甲乙丁", (6 / 7, 2 / 5, 6 / 7)),  # Chinese counts by the character
-        ("我 love 北京", "我love北京", (1, 1, 1)),
-        ("เชียงใหม่", "เชียงใหม่", (1, 1, 1)),
-        ("Ärger", "ärger", (1, 0, 1)),
-        ("", "a", (0, 0, 0)),
-        ("a", "", (0, 0, 0)),
-        ("!!", "!!", (0, 0, 0)),
+        ("the cat sat on the mat", "the cat lay on the mat"),
+        ("it is 4.5, no?", "it is 4 5 no"),
+        ("甲乙丙丁戊己庚", "甲乙丁戊己庚辛壬"),
+        ("เชียงใหม่เป็นเมือง", "เชียงใหม่คือเมือง"),
     ],
 )
-def test_rouge_by_hand(answer, reference, expected):
-    found = rouge(answer, reference)
-    assert [found[name] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(expected)
-
-
-def test_rouge_l_is_the_textbook_longest_common_subsequence():
-    def by_table(a, b):
-        table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-        for i, x in enumerate(a):
-            for j, y in enumerate(b):
-                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
-        return table[-1][-1]
-
-    draw = random.Random(0)
-    for _ in range(200):
-        a, b = (draw.choices("abcdef", k=draw.randint(1, 90)) for _ in range(2))
-        assert rouge(" ".join(a), " ".join(b))["rougeL"] == pytest.approx(2 * by_table(a, b) / (len(a) + len(b)))
+def test_chrf_by_hand(answer, reference):
+    row = {"index": 0, "prediction": answer, "reference": reference}
+    found = score_answer(row, "chrf", "here")["score"]
+    assert 0.2 < found < 1 and found == pytest.approx(chrf_by_hand(answer, reference))
+    assert score_answer(row | {"prediction": reference}, "chrf", "here")["score"] == 1
+    assert score_answer(row | {"prediction": ""}, "chrf", "here")["score"] == 0
 
 
 def test_the_standard_error_is_that_of_a_mean():
@@ -344,13 +345,16 @@ def test_every_end_token_of_the_checkpoint_stops_an_answer(tmp_path, greedy, cap
     assert not any(row["cut"] for row in rows)
 
 
-def test_the_adapters_end_tokens_replace_the_checkpoints(tmp_path, adapter):
+def test_the_end_of_a_turn_in_an_adapters_template_ends_an_answer(tmp_path, adapter):
     shutil.copytree(adapter, tmp_path / "adapter")
     plain = ask(lora_weights=adapter, max_samples=8)
-    often = tokenizer.convert_tokens_to_ids("*")
-    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps({"eos_token_id": often}))
-    folder = make_base(tmp_path / "base", generation={"eos_token_id": [END, tokenizer.convert_tokens_to_ids("1")]})
-    rows = ask(base_model=folder, lora_weights=str(tmp_path / "adapter"), max_samples=8)
+    carried = AutoTokenizer.from_pretrained(BASE)
+    carried.add_special_tokens({"additional_special_tokens": ["*"]})
+    template = (ROOT / "templates" / "alpaca.jinja").read_text()
+    carried.chat_template = template.replace("eos_token", "'*'")
+    assert carried.chat_template != template
+    carried.save_pretrained(tmp_path / "adapter")
+    rows = ask(lora_weights=str(tmp_path / "adapter"), max_samples=8)
     assert [row["prediction"] for row in rows] == [row["prediction"].partition("*")[0] for row in plain]
     assert sum("*" in row["prediction"] for row in plain) > 4
 
@@ -407,8 +411,14 @@ def test_a_file_of_answers_has_rows_references_scores_and_a_summary(tmp_path, ca
     assert [row["reference"] for row in found] == [row["answer"] for row in rows]
     assert [row["score"] for row in found] == [1, 1, 1, 0, 0, 0]
     assert all(set(row) == {"index", "messages", "prediction", "cut", "tokens", "reference", "score"} for row in found)
-    assert {p.name for p in out.iterdir()} == {"answers.jsonl", "predictions.jsonl", "summary.json"}
+    (log,) = out.glob("answers-*.jsonl")
+    assert {p.name for p in out.iterdir()} == {log.name, "predictions.jsonl", "summary.json"}
     summary = json.loads((out / "summary.json").read_text())
+    assert (summary["temperature"], summary["base_model"], summary["versions"][0]) == (
+        0,
+        "data/tiny/model",
+        torch.__version__,
+    )
     tokens = [len(tokenizer(row["prediction"], add_special_tokens=False).input_ids) for row in found]
     assert [row["tokens"] for row in found] == tokens
     assert summary["score"] == {"mean": 0.5, "standard_error": pytest.approx(math.sqrt(6 * 0.25 / 5 / 6))}
@@ -430,16 +440,6 @@ def test_the_base_model_knows_the_numbers_but_not_the_form(capsys):
     assert "gsm8k_strict 0.00% +- 0.00% of 24 rows\n" in capsys.readouterr().out
     for row in answers():
         assert row["score"] == 0 and "####" not in row["prediction"]
-
-
-def test_the_lines_of_a_text_file_are_prompts(tmp_path, seen):
-    path = tmp_path / "prompts.txt"
-    path.write_text("Add 2 and 3.\n\nlast\n")
-    conversations = [[{"role": "user", "content": line}] for line in ("Add 2 and 3.", "last")]
-    rows = ask(data_path=str(path), max_new_tokens=2)
-    assert [row["messages"] for row in rows] == conversations
-    assert all(set(row) == {"index", "messages", "prediction", "cut", "tokens"} for row in rows)
-    assert sorted(seen) == sorted(prompt_ids(c) for c in conversations)
 
 
 def test_every_form_of_row_becomes_the_prompt_that_it_was_trained_with(tmp_path, seen):
@@ -522,6 +522,7 @@ def stop_after(monkeypatch):
 
 
 MODES = [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 100}, {"num_beams": 2}, {"repetition_penalty": 1.2}]
+MODES += [{"num_beams": 2, "temperature": 1.0}]
 
 
 @pytest.mark.parametrize("flags", MODES, ids=str)
@@ -531,31 +532,30 @@ def test_a_run_that_dies_goes_on_and_ends_as_if_it_had_not(monkeypatch, stop_aft
     stop_after(3)
     with pytest.raises(RuntimeError, match="power cut"):
         generate(output_dir="stopped", **flags)
-    assert {path.name for path in Path("stopped").iterdir()} == {"answers.jsonl"}
-    log = Path("stopped/answers.jsonl")
-    assert len(log.read_text().splitlines()) == 1 + 2  # the settings, and two batches
+    (log,) = Path("stopped").iterdir()
+    assert len(log.read_text().splitlines()) == 2  # batches
     with open(log, "a") as file:
-        file.write('[{"index": 3, "predic')  # torn
+        file.write('[{"predic')  # torn
     stop_after(None)
     asked, real = [], script.answer_batch
     monkeypatch.setattr(script, "answer_batch", lambda *args: asked.append(len(args[1])) or real(*args))
     generate(output_dir="stopped", **flags)
     assert asked == [4, 2]
-    for name in ("predictions.jsonl", "summary.json", "answers.jsonl"):
+    for name in ("predictions.jsonl", "summary.json", log.name):
         assert Path("stopped", name).read_bytes() == Path("whole", name).read_bytes()
 
 
 CHANGES = [
-    ({"temperature": 0.5}, "temperature"),
-    ({"max_new_tokens": 9}, "max_new_tokens"),
-    ({"micro_batch_size": 5}, "micro_batch_size"),
-    ({"seed": 1}, "seed"),
-    ({"max_samples": 9}, "prompts"),
-    ({"prompt_template": "chatml"}, "prompts"),
-    ({"dtype": "bfloat16"}, "dtype"),
-    ({"lora": True}, "adapter"),
-    ({"data": True}, "prompts"),
-    ({"model": True}, "model"),
+    {"temperature": 0.5},
+    {"max_new_tokens": 9},
+    {"micro_batch_size": 5},
+    {"seed": 1},
+    {"max_samples": 9},
+    {"prompt_template": "chatml"},
+    {"dtype": "bfloat16"},
+    {"lora": True},
+    {"data": True},
+    {"model": True},
 ]
 
 
@@ -570,21 +570,33 @@ def test_other_settings_never_mix(tmp_path, no_model, stop_after, adapter, finis
         stop_after(2)
         with pytest.raises(RuntimeError):
             generate(**flags)
-    before = {path.name: path.read_bytes() for path in Path("out/generate").iterdir()}
-    no_model()
-    for change, said in CHANGES:
+    (log,) = Path("out/generate").glob("answers-*.jsonl")
+    before, logs = log.read_bytes(), {log}
+    kept = Path("out/generate/predictions.jsonl").read_bytes() if finished else b""
+    for change in CHANGES:
         changed = flags | change
         if changed.pop("lora", None):
             changed["lora_weights"] = adapter
         if changed.pop("data", None):
-            changed["data_path"] = write(tmp_path / "other.jsonl", *TEST_ROWS[1:11])
+            write(data, *TEST_ROWS[1:11])
         if changed.pop("model", None):
+            write(data, *TEST_ROWS[:10])
             weights = load_file(f"{model}/model.safetensors")
+            times = Path(f"{model}/model.safetensors").stat()
             weights["model.norm.weight"] += 1
             save_file(weights, f"{model}/model.safetensors", {"format": "pt"})
-        with pytest.raises(ValueError, match=f"begun with other {said}: --overwrite it"):
-            generate(**changed)
-        assert {path.name: path.read_bytes() for path in Path("out/generate").iterdir()} == before
+        stop_after(1)
+        with pytest.raises(RuntimeError):
+            generate(**changed)  # it asks the model again
+        (new,) = set(Path("out/generate").glob("answers-*.jsonl")) - logs
+        logs.add(new)
+        assert new.read_bytes() == b"" and log.read_bytes() == before
+        assert not finished or Path("out/generate/predictions.jsonl").read_bytes() == kept
+    if finished:  # the first command again: its answers are still there
+        os.utime(f"{model}/model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+        no_model()
+        generate(**flags)
+        assert Path("out/generate/predictions.jsonl").read_bytes() == kept
 
 
 def test_a_finished_file_is_scored_again_but_not_answered_again(no_model):
@@ -592,34 +604,21 @@ def test_a_finished_file_is_scored_again_but_not_answered_again(no_model):
     first = generate(**flags, score="gsm8k_flexible")
     kept = Path("out/generate/predictions.jsonl").read_bytes()
     no_model()
-    other = generate(**flags, score="rouge")
-    assert other["score"] == other["rougeL"] and {"rouge1", "rouge2"} <= set(other)
+    other = generate(**flags, score="chrf")
+    assert 0 < other["score"]["mean"] < 1 and other["score"] != first["score"]
     assert other["tokens"] == first["tokens"]
     assert generate(**flags, score="gsm8k_flexible") == first
     assert Path("out/generate/predictions.jsonl").read_bytes() == kept
 
 
-def test_what_is_not_this_scripts_is_not_replaced():
-    Path("mine").mkdir()
-    Path("mine/predictions.jsonl").write_text("dear diary\n")
-    with pytest.raises(ValueError, match="mine/predictions.jsonl is not of this script: --overwrite it"):
-        ask(output_dir="mine", overwrite=False)
-    assert Path("mine/predictions.jsonl").read_text() == "dear diary\n"
-
-
-def test_overwriting_leaves_the_old_answers_until_the_new_ones_are_there(stop_after):
+def test_the_old_predictions_stay_until_the_new_ones_are_there(stop_after):
     before = ask(max_samples=4)
     stop_after(2)
     with pytest.raises(RuntimeError):
         ask(micro_batch_size=3)
     assert answers() == before
-    log = Path("out/generate/answers.jsonl")
-    kept = log.read_bytes()
-    with pytest.raises(ValueError, match="one of auto"):  # nothing is thrown away for a command that cannot run
-        ask(dtype="half")
-    assert answers() == before and log.read_bytes() == kept
     stop_after(None)
-    assert len(ask(micro_batch_size=2)) == 24
+    assert len(ask(micro_batch_size=2)) == 24 == len(answers())
 
 
 def test_ctrl_c_says_what_is_there(monkeypatch):
@@ -631,7 +630,7 @@ def test_ctrl_c_says_what_is_there(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="what is answered is in out/generate/answers.jsonl, and the same command"):
+    with pytest.raises(SystemExit, match="what is answered is in out/generate/answers-.{12}.jsonl, and the same"):
         ask(max_samples=12, micro_batch_size=3, max_new_tokens=3)
 
 
@@ -640,15 +639,15 @@ def test_kill_9_at_any_moment_then_the_same_command(tmp_path):
     flags = ["--data_path", str(DATA), "--temperature", "0.8", "--micro_batch_size", "16", "--score", "gsm8k_flexible"]
     command = [sys.executable, str(ROOT / "generate.py"), *flags, "--output_dir"]
     subprocess.run([*command, "whole"], check=True, capture_output=True)
-    log, kills = Path("killed/answers.jsonl"), 0
+    logs, kills = lambda: list(Path("killed").glob("answers-*.jsonl")), 0
     for wanted in (1, 8, 16, 26):  # batches on disk grow: killed in the middle of the file, several times
         process = subprocess.Popen([*command, "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > wanted):
+        while process.poll() is None and sum(log.read_bytes().count(b"\n") for log in logs()) < wanted:
             time.sleep(0.01)
         kills += process.poll() is None
         process.kill()
         process.wait()
-    assert kills >= 3 and not Path("killed/predictions.jsonl").exists()
+    assert kills >= 3 and len(logs()) == 1 and not Path("killed/predictions.jsonl").exists()
     subprocess.run([*command, "killed"], check=True, capture_output=True)
     assert Path("killed/predictions.jsonl").read_bytes() == Path("whole/predictions.jsonl").read_bytes()
     summaries = [json.loads(Path(folder, "summary.json").read_text()) for folder in ("whole", "killed")]
@@ -777,7 +776,7 @@ def test_bytes_of_one_character_are_shown_together(base, monkeypatch):
 def test_a_stream_that_is_closed_or_fails_ends_its_thread(base, monkeypatch):
     steps, real = [], LlamaForCausalLM.forward
     monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *args, **kw: steps.append(1) or real(*args, **kw))
-    config = script.to_generation_config([], **SAMPLING | {"max_new_tokens": 900})
+    config = script.to_generation_config([1023], **SAMPLING | {"max_new_tokens": 900})  # a token that never comes
     before = threading.active_count()
     stream = script.stream_answer(base, tokenizer, [5, 6], config)
     next(stream)
@@ -800,7 +799,7 @@ def test_a_run_gives_its_validation_rows_to_adapter_and_merged_model(tmp_path):
     run = str(tmp_path / "run")
     flags = {"data_path": data, "val_set_size": 12, "batch_size": 4, "max_steps": 8, "prompt_template": "alpaca_short"}
     finetune.train(output_dir=run, seed=7, learning_rate=5e-3, **flags)
-    flags = {"data_path": f"{run}/validation.jsonl", "max_new_tokens": 30, "score": "rouge"}
+    flags = {"data_path": f"{run}/validation.jsonl", "max_new_tokens": 30, "score": "chrf"}
     summary = generate(lora_weights=f"{run}/adapter", output_dir="adapter", **flags)
     rows = answers("adapter")
     questions = [row["question"] for row in TEST_ROWS[:40]]
@@ -912,7 +911,7 @@ def damage(folder, kind):
         ("no json", "does not fit this base model: .*"),
         ("peft_type", "does not fit this base model: 'MAGIC'"),
         ("target_modules", "does not fit this base model: Target modules .'c_attn'. not found"),
-        ("no weights", "does not fit this base model: No such file"),
+        ("no weights", "does not fit this base model: .*No such file"),
         ("no adapter", "does not fit this base model: .*"),
     ],
 )
@@ -948,9 +947,8 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         ({"chat": True, "ui": True}, "one at a time"),
         ({"chat": True, "data_path": "x"}, "one at a time"),
         ({"input": "a"}, "--input and --image go with --prompt"),
-        ({"score": "exact"}, "--score, --overwrite, --max_samples go with --data_path"),
-        ({"overwrite": True}, "--score, --overwrite, --max_samples go with --data_path"),
-        ({"max_samples": 4}, "--score, --overwrite, --max_samples go with --data_path"),
+        ({"score": "exact"}, "--score and --max_samples go with --data_path"),
+        ({"max_samples": 4}, "--score and --max_samples go with --data_path"),
         ({"score": "gsm8k", "data_path": str(DATA)}, "--score gsm8k: one of gsm8k_strict"),
         ({"score": "no.py:f", "data_path": str(DATA)}, "--score no.py:f cannot be loaded: FileNotFoundError"),
         ({"temperature": -1.0}, "--temperature, --top_k, --seed not below 0"),
@@ -964,7 +962,6 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         ({"micro_batch_size": 0}, "must be at least 1"),
         ({"top_k": 5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"top_p": 0.5}, "--top_p and --top_k do nothing at --temperature 0"),
-        ({"num_beams": 2, "temperature": 1.0}, "--num_beams 2 searches and --temperature 1.0 samples"),
         ({"dtype": "half"}, "--dtype half: one of auto, bfloat16"),
         ({"lora_weights": "nowhere"}, "--lora_weights nowhere: no adapter"),
         ({"base_model": "nowhere"}, "nowhere: no such file or folder, and no id of the hub"),
@@ -996,7 +993,9 @@ def test_a_prompt_may_fill_the_context_to_the_last_position():
         ("a.csv", "question,answer\nA?,1,2\n", {}, r"a.csv, row 1: not alpaca"),
         ("a.jsonl", "\n", {}, r"a.jsonl: no rows in it"),
         ("a.md", "hello", {}, r"a.md, row 1: cannot be read: neither json, jsonl, csv nor parquet"),
-        ("a.txt", "hello\nyou\n", {"score": "exact"}, "row 1: --score exact: the row has nothing to compare with"),
+        ("a.txt", "hello\nyou\n", {}, r"a.txt, row 1: cannot be read: neither json, jsonl, csv nor parquet"),
+        ("a.csv", "question\nyou\n", {"score": "exact"}, "row 1: --score exact: the row has nothing to compare with"),
+        ("a.jsonl", '{"question": "q", "videos": ["a.mp4"]}\n', {}, "row 1: not alpaca .*no videos"),
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}\n',

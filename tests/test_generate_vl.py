@@ -25,7 +25,7 @@ DATA = ROOT / "data" / "tiny_vl"
 BASE = str(DATA / "model")
 PROMPT = "Using LaTeX to perform OCR on the image."
 FLAGS = {"data_path": str(DATA / "test.parquet"), "prompt": PROMPT, "score": "latex", "max_samples": 48}
-FLAGS |= {"max_new_tokens": 40, "overwrite": True}
+FLAGS |= {"max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_latex_by_hand():
 
 
 def test_score_answer_knows_latex():
-    assert score_answer("a b", {"reference": "a b", "index": 0}, "latex", "")["score"] == 1.0
+    assert score_answer({"prediction": "a b", "reference": "a b", "index": 0}, "latex", "")["score"] == 1.0
 
 
 # -----------------------------------------------------------------------------
@@ -129,11 +129,12 @@ def test_other_images_are_other_answers_to_the_log(tmp_path, images):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(rows[0]) + "\n")
     flags = {"base_model": BASE, "data_path": str(data), "prompt": "", "score": "", "output_dir": str(tmp_path / "o")}
-    generate(**FLAGS | flags)
-    rows[0]["images"] = [images[1]]
-    data.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ValueError, match="was begun with other prompts"):
-        generate(**FLAGS | flags | {"overwrite": False})
+    said = []
+    for image in images[:2]:
+        data.write_text(json.dumps(rows[0] | {"images": [image]}) + "\n")
+        generate(**FLAGS | flags)
+        said.append(json.loads((tmp_path / "o" / "predictions.jsonl").read_text())["prediction"])
+    assert said[0] != said[1] and len(list((tmp_path / "o").glob("answers-*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize(
