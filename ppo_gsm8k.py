@@ -1078,7 +1078,7 @@ def find_start(out, flags):
     return steps[-1] + 1
 
 
-def load_tokenizer(base, lora_weights):
+def load_config_and_tokenizer(base, lora_weights):
     """Return (config, tokenizer, ids that end an answer) of a model; the latter two of the adapter if it carries them.
 
     The ids are those of its generation config, and the tokenizer's own.
@@ -1133,7 +1133,7 @@ def open_log(out, first, run):
     return records, write
 
 
-def plot(records, path):
+def plot_curves(records, path):
     """Draw the metrics of log records that say how a run went, in one picture."""
     names = [name for name in records[-1] if re.search(PLOTTED, name)]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
@@ -1293,7 +1293,7 @@ def train_ppo(
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|torch.distributed is disabled")
 
     # 2. tokenizer, problems
-    config, tokenizer, stops = load_tokenizer(base_model, lora_weights)
+    config, tokenizer, stops = load_config_and_tokenizer(base_model, lora_weights)
     if config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a small model gains little from a second thread, and waits for it on a busy machine
     train_set, left_out = read_problems(train_files, tokenizer, max_prompt_length)
@@ -1441,7 +1441,7 @@ def train_ppo(
         GenerationConfig(eos_token_id=stops).save_pretrained(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        plot(records, out / "curves.png")
+        plot_curves(records, out / "curves.png")
         write_json(out / "run.json", run | {"status": "finished"})
         ranks.print(f"wrote {target}\nNext: python generate.py --{'lora_weights' if lora_r else 'base_model'} {target}")
     ranks.destroy_process_group()

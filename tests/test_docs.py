@@ -30,6 +30,7 @@ GENERATED = (
     "checkpoint-*",
     "checkpoints/*",
     "tensorboard/*",
+    "rollout/",
     "plots/*",
     "plots/",
     "model/",
@@ -42,7 +43,7 @@ GENERATED_NAMES = """
     run.json log.jsonl summary.json metrics.json config.json generation_config.json adapter_config.json params.json
     tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja model.safetensors.index.json
     trainer_state.json validation.jsonl answers-DIGEST.jsonl predictions.jsonl dataset_info.json
-    manifest.json state.json reward.png kl.png length.png value.png time.png
+    curves.png
     loss.png learning_rate.png eval_loss.png eval_token_acc.png
     train.json test.json train.jsonl test.jsonl train.parquet test.parquet
 """.split()
@@ -51,7 +52,8 @@ FOREIGN_FLAGS = """
     standalone nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id
     no-build-isolation no-deps help version
     model_type sft_type eval_steps dataset_test_ratio merge_lora ckpt_dir load_dataset_config
-""".split()  # torchrun's, pip's, ms-swift's
+    max-lora-rank max-loras no-enable-chunked-prefill
+""".split()  # torchrun's, pip's, ms-swift's, vLLM's
 
 
 def markdown_files():

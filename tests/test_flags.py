@@ -19,6 +19,7 @@ TYPES = ("bool", "int", "float", "str")  # what run_cli reads
 SAME_NAME_OTHER_HELP = {  # {flag: why its help text must differ between the scripts of the root folder}
     "temperature": "generate.py takes 0 for greedy; a policy that is trained must sample",
     "lr_scheduler_type": "ppo_gsm8k.py has no warmup, and three schedules of its own",
+    "dtype": "ppo_gsm8k.py takes no float16",
     "lora_r": "ppo_gsm8k.py takes 0 for training all weights",
     "lora_alpha": "finetune_vl.py has no --use_rslora",
     "prompt": "generate.py asks it where there is no file, too",
@@ -72,6 +73,7 @@ def problems(source):
                 wrong.append(f"--{arg.arg}: the default {value!r} is no {hint}")
     inside = [node for line in function.body for node in ast.walk(line)]
     read = {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    read |= set(re.findall(r'\bflags\["(\w+)"\]', source))  # helpers that are given all of them
     wrong += [f"--{flag} is never read" for flag in flags if flag not in read]
     return wrong
 

@@ -123,7 +123,7 @@ def kit(tmp_path_factory):
 def no_plots(monkeypatch, request):
     """Most runs are compared, not looked at: the charts of one are enough."""
     if "plain" not in request.fixturenames:
-        monkeypatch.setattr(ppo, "plot", lambda records, path: path.touch())
+        monkeypatch.setattr(ppo, "plot_curves", lambda records, path: path.touch())
 
 
 def settings(kit, **flags):

@@ -272,7 +272,7 @@ def test_vllm_answers_as_the_model_itself_before_and_after_an_adapter_changed(ki
     urls = [f"http://127.0.0.1:{port}" for port in vllm[0]]
     servers = ppo.ServerRollout(actor, STOPS, urls, tmp_path, range(938, 1024))
     own = ppo.LocalRollout(actor, STOPS)
-    tokenizer = ppo.load_tokenizer(str(kit.base), "")[1]
+    tokenizer = ppo.load_config_and_tokenizer(str(kit.base), "")[1]
     problems, _ = ppo.read_problems(str(BASE.parent / "test.jsonl"), tokenizer, 512)
     prompts = [problem["prompt"] for problem in problems[:64]]
     for step in range(2):
