@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
@@ -149,7 +148,9 @@ def test_bit_for_bit_as_peft_merges_in_float32(kind, bases, tmp_path):
     assert merged.keys() == written.keys()
     for key, value in merged.items():
         assert torch.equal(value.bfloat16(), written[key]), key
-    assert {key for key in before if not torch.equal(before[key], merged[key])} == set(report["merged"])
+    changed = {key for key in before if not torch.equal(before[key], merged[key])}
+    assert changed and all(any(key.startswith(f"{module}.") for module in report["merged"]) for key in changed)
+    assert all(any(key.startswith(f"{module}.") for key in changed) for module in report["merged"])
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
     expected = logits(with_adapter(base, adapter))
@@ -217,85 +218,6 @@ def test_rope_settings_have_old_and_new_names(config, old, new):
     assert got["rope_parameters"] == config.rope_parameters and got["dtype"] == got["torch_dtype"] == "bfloat16"
     assert "tie_word_embeddings" not in got or not old
     assert type(config).from_dict(got).rope_parameters == config.rope_parameters
-
-
-GGUF_BASES = {
-    "llama": {},
-    "tied": {"tie_word_embeddings": True},
-    "llama3": {"rope_parameters": LLAMA3},
-    "qwen2": {},
-}
-
-
-def make_base_with_tokenizer(folder, kind):
-    """Save a random model with the embedded tokenizer's vocabulary, and that tokenizer."""
-    torch.manual_seed(0)
-    config = (Qwen2Config if kind == "qwen2" else LlamaConfig)(**SIZES | {"vocab_size": 1024} | GGUF_BASES[kind])
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-    return folder
-
-
-def read_gguf(path, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
-
-
-@pytest.mark.parametrize("kind", GGUF_BASES)
-def test_gguf_in_float32_is_the_same_model(kind, tmp_path):
-    base = make_base_with_tokenizer(tmp_path / "base", kind)
-    adapter, out = make_adapter(tmp_path / "adapter", base, target_modules=LINEAR), tmp_path / "out"
-    report = export(base_model=str(base), lora_weights=str(adapter), output_dir=str(out), gguf="f32")
-    model, expected = read_gguf(out / "model-f32.gguf"), load(out)
-    model.model.rotary_emb = expected.model.rotary_emb  # transformers ignores llama3's factors: compared below
-    assert (logits(model) - logits(expected)).abs().max() == 0
-    assert "FROM ./model-f32.gguf\n" in (out / "Modelfile").read_text()
-    # for qwen2 models transformers splits text as Qwen does, whatever tokenizer.json says
-    assert ("no name" in report["gguf_warning"]) == (kind != "qwen2")
-    for layer in model.model.layers:  # rows in another order are seen
-        weight = layer.self_attn.q_proj.weight.data
-        layer.self_attn.q_proj.weight.data = weight.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64)
-    assert (logits(model) - logits(expected)).abs().max() > 1e-4
-
-    reader = GGUFReader(out / "model-f32.gguf")
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    arch = "qwen2" if kind == "qwen2" else "llama"
-    assert fields["general.architecture"] == arch and fields[f"{arch}.context_length"] == 128
-    assert fields[f"{arch}.attention.head_count_kv"] == 2 and fields[f"{arch}.block_count"] == 2
-    assert len(fields["tokenizer.ggml.tokens"]) == 1024 and fields["tokenizer.ggml.eos_token_id"] == 0
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    assert fields["tokenizer.ggml.tokens"][:938] == tokenizer.convert_ids_to_tokens(range(938))
-    text = "Tom's 12 apples, 4567 pears\n\n and <|im_end|> more"
-    read = AutoTokenizer.from_pretrained(out, gguf_file="model-f32.gguf")
-    assert read(text).input_ids == tokenizer(text).input_ids
-    factors = {tensor.name: tensor.data for tensor in reader.tensors}.get("rope_freqs.weight")
-    assert (factors is None) == (kind != "llama3")
-    if kind == "llama3":
-        plain = 1 / 5e5 ** (torch.arange(0, 16, 2) / 16)
-        torch.testing.assert_close(plain / torch.tensor(factors), expected.model.rotary_emb.inv_freq)
-
-
-@pytest.mark.parametrize(("kind", "limit"), [("bf16", 0.0), ("q8_0", 0.1)])
-def test_smaller_gguf_files(kind, limit, tiny, tmp_path):
-    export(base_model=str(BASE), lora_weights=str(tiny[0]), output_dir=str(tmp_path / "out"), gguf=kind)
-    path = tmp_path / "out" / f"model-{kind}.gguf"
-    expected, got = logits(load(tmp_path / "out")), logits(read_gguf(path))
-    assert (got - expected).abs().max() <= limit * expected.std()
-    template = GGUFReader(path).fields["tokenizer.chat_template"].contents()
-    assert template == (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8")
-
-
-def test_gguf_knows_how_qwen_and_llama_split_text(tmp_path):
-    for name, pattern in script.PRE_TOKENIZERS.items():
-        folder = make_base_with_tokenizer(tmp_path / name, "llama")
-        state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
-        (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-        report = export(base_model=str(folder), output_dir=str(tmp_path / "out" / name), gguf="f32", check=False)
-        fields = GGUFReader(tmp_path / "out" / name / "model-f32.gguf").fields
-        assert fields["tokenizer.ggml.pre"].contents() == name and report["gguf_warning"] == ""
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
