@@ -45,8 +45,16 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 HERE = Path(__file__).resolve().parent
 PIECE = 2**18  # elements merged at a time: a megabyte of float32, which stays in a cache
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-TOKENIZER_FILES += ("*.tiktoken", "spiece.model", "chat_template.*")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template.*",
+)
 # what Ollama converts itself
 OLLAMA = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Gemma2ForCausalLM")
 # largest mean KL divergence that passes, in nats; measured figures are in docs/export.md
@@ -184,7 +192,10 @@ def check_adapter(lora_weights, allow_pickle):
 
     folder, flag = Path(lora_weights), f"--lora_weights {lora_weights}"
     if not (folder / "adapter_config.json").exists():
-        raise ValueError(f"{flag}: no adapter there (adapter_config.json)")
+        raise ValueError(
+            f"{flag}: no adapter there (adapter_config.json). `python finetune.py` makes out/finetune/adapter; "
+            "--base_model data/tiny/model exports that alone"
+        )
     if not (folder / "adapter_model.safetensors").exists() and not allow_pickle:
         raise ValueError(f"{flag}: no adapter_model.safetensors there; a pickle (*.bin) is read with --allow_pickle")
     config = PeftConfig.from_pretrained(lora_weights)
@@ -317,7 +328,9 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
         elif parameter in base.all_tied_weights_keys:
             continue
         parameters[name] = parameter
-        plan[name] = read_tensor(entry).to("meta", dtype)
+        plan[name] = read_tensor(entry).to("meta")
+        if plan[name].is_floating_point():
+            plan[name] = plan[name].to(dtype)
     shards = split_torch_state_dict_into_shards(plan, max_shard_size=max_shard_size)
     ready, changed = {}, False
     for filename, names in shards.filename_to_tensors.items():
@@ -395,13 +408,19 @@ def quantize_model(source, target, method, max_shard_size):
 # what runtimes read beside the weights
 
 
-def portable_config(config, settings, untied, dtype):
-    """Return the base's config.json with the names that old and new runtimes read: RoPE and dtype, twice each.
+def read_json(path):
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
-    config is what the file holds; settings the same after transformers read it, with its defaults. transformers 5
-    writes rope_parameters and dtype; Ollama, vLLM and others still read rope_theta, rope_scaling and torch_dtype, and
-    take 10000 and no scaling where they are missing.
+
+def portable_config(folder, settings, untied, dtype):
+    """Return the config.json of a base with the names that old and new runtimes read: RoPE and dtype, twice each.
+
+    settings is the same as transformers read it, with its defaults. transformers 5 writes rope_parameters and dtype;
+    Ollama, vLLM and others still read rope_theta, rope_scaling and torch_dtype, and take 10000 and no scaling where
+    they are missing.
     """
+    config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     rope = getattr(settings.get_text_config(), "rope_parameters", None) or {}
     if "rope_theta" in rope:  # not the kind that differs from layer to layer
@@ -409,16 +428,10 @@ def portable_config(config, settings, untied, dtype):
         if rope.get("rope_type", "default") != "default":
             text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     for level in (config, text):
-        if dtype:
-            level["dtype"] = level["torch_dtype"] = dtype
+        level["dtype"] = level["torch_dtype"] = dtype
         if untied:
             level["tie_word_embeddings"] = False
     return config
-
-
-def read_json(path):
-    """Return what a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def copy_files(patterns, source, target):
@@ -442,21 +455,18 @@ def copy_tokenizer(source, target):
         jinja.write_text(config["chat_template"], encoding="utf-8")
 
 
-def write_metadata(source, lora_weights, folder, settings, untied, dtype, quantization):
-    """Write what a model needs beside its weights, to load and to answer; config.json last."""
+def write_companions(source, lora_weights, folder, settings):
+    """Write what a model has beside weights and configuration: the adapter's, where that has it, or the base's."""
     places = [source]
     if lora_weights:
         places.append(Path(lora_weights))
     for place in places:
         copy_files(["*processor_config.json", "generation_config.json"], place, folder)
+    if not (folder / "generation_config.json").exists():
+        write_json(folder / "generation_config.json", {"eos_token_id": settings.get_text_config().eos_token_id})
     tokenizers = [place for place in places if (place / "tokenizer_config.json").exists()]
     if tokenizers:
         copy_tokenizer(tokenizers[-1], folder)
-    if not (folder / "generation_config.json").exists():
-        write_json(folder / "generation_config.json", {"eos_token_id": settings.get_text_config().eos_token_id})
-    config = read_json(source / "config.json")
-    config = portable_config(config, settings, untied, dtype)
-    write_json(folder / "config.json", config | quantization)
 
 
 def write_modelfile(folder, context):
@@ -503,15 +513,12 @@ Made by export_hf_checkpoint.py; export.json says more.
 
 
 def check_prompts(folder, vocab_size):
-    """Return token ids [B, T] to compare two models on: the ends of a few prompts; without a tokenizer, random ids."""
-    if not (folder / "tokenizer_config.json").exists():
+    """Return token ids [B, T] to compare two models on: the ends of a few prompts; without a template, random ids."""
+    if not (folder / "chat_template.jinja").exists():
         return torch.randint(vocab_size, (4, 24), generator=torch.Generator().manual_seed(0))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template:
-        turns = [[{"role": "user", "content": text}] for text in QUESTIONS]
-        rows = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    else:
-        rows = tokenizer(QUESTIONS)["input_ids"]
+    turns = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    rows = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     length = min(24, *(len(ids) for ids in rows))
     return torch.tensor([ids[-length:] for ids in rows])
 
@@ -536,7 +543,7 @@ def logits_of(model, ids, picture):
     logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
     if picture:
         logits = torch.cat([logits, model(**picture, use_cache=False).logits[0]])
-    return logits.float()
+    return logits
 
 
 def compare(reference, other):
@@ -558,7 +565,7 @@ def self_check(model, adapter, folder, scratch, quantize):
         written = load_model(folder, dtype=torch.float32)
     else:
         written, _ = open_model(folder, scratch / "written")
-    return compare(reference, logits_of(written, ids, picture)) | {"effect": effect, "positions": len(reference)}
+    return compare(reference, logits_of(written, ids, picture)) | {"effect": effect}
 
 
 # -----------------------------------------------------------------------------
@@ -622,17 +629,10 @@ def export(
     if not base_model:
         base_model = "data/tiny/model"
         lora_weights = lora_weights or "out/finetune/adapter"
-        if not Path(lora_weights).exists():
-            raise ValueError(
-                f"no adapter in {lora_weights} yet: make it with `python finetune.py`, name another with "
-                "--lora_weights, or give --base_model data/tiny/model to export that alone"
-            )
     if save_dtype not in ("", "float32", "float16", "bfloat16"):
         raise ValueError(f"--save_dtype {save_dtype}: one of float32, float16, bfloat16")
     if quantize not in MAX_KL:
         raise ValueError(f"--quantize {quantize}: one of fp8, int8, nf4")
-    if quantize and save_dtype:
-        raise ValueError("--quantize does not go with --save_dtype: make two exports")
     max_kl = max_kl or MAX_KL[quantize]
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
@@ -662,10 +662,8 @@ def export(
         if lora_weights:
             adapter = add_adapter(base, weights, lora_weights)
             adapted = [n for n, module in base.named_modules() if is_adapted(module) and hasattr(module, "_hf_hook")]
-        untied = []
-        for pair in base.all_tied_weights_keys.items():
-            if any(name.rpartition(".")[0] in adapted for name in pair):
-                untied.append(pair[0])
+        ties = base.all_tied_weights_keys.items()
+        untied = [pair[0] for pair in ties if any(name.rpartition(".")[0] in adapted for name in pair)]
         dtype = getattr(torch, save_dtype) if save_dtype else None
         main_dtype = dtype or base.config.dtype
         written = str(main_dtype).removeprefix("torch.")
@@ -679,19 +677,28 @@ def export(
             merge_whole(source, lora_weights, merged, untied, main_dtype, max_shard_size, **options)
         else:
             merge_by_shard(base, weights, adapted, untied, merged, dtype, max_shard_size)
-        write_metadata(source, lora_weights, merged, base.config, untied, written, {})
+        settings = portable_config(source, base.config, untied, written)
+        write_json(merged / "config.json", settings)
         if quantize:
             quantize_model(merged, partial, quantize, max_shard_size)
-            how = {"quantization_config": read_json(partial / "config.json")["quantization_config"]}
-            write_metadata(source, lora_weights, partial, base.config, untied, written, how)
-        elif set(base.config.architectures) & set(OLLAMA):
+            made = read_json(partial / "config.json")
+            write_json(partial / "config.json", settings | {"quantization_config": made["quantization_config"]})
+        write_companions(source, lora_weights, partial, base.config)
+        if not quantize and set(base.config.architectures) & set(OLLAMA):
             write_modelfile(partial, base.config.max_position_embeddings)
         how = "with the whole model in memory: its files hold experts, or are pickles" if whole else "a file at a time"
         print(f"  merged      {len(adapted)} modules, {how}, in {time.time() - started:.1f} s")
 
         # 4. what was written against base + adapter
-        report = {"base_model": base_model, "lora_weights": lora_weights, "flags": flags, "merged": adapted}
-        report |= {"untied": untied, "dtype": quantize or written, "check": None}
+        report = {
+            "base_model": base_model,
+            "lora_weights": lora_weights,
+            "flags": flags,
+            "merged": adapted,
+            "untied": untied,
+            "dtype": quantize or written,
+            "check": None,
+        }
         if check:
             report["check"] = found = self_check(base, adapter, partial, scratch, quantize)
             print(f"  check       KL {found['kl']:.2e} nats, logits differ by at most {found['logit_diff']:.2e}")
@@ -702,8 +709,7 @@ def export(
                     f"what was written is not base + adapter, and is deleted: the mean KL is {found['kl']:.2e}, above "
                     f"{max_kl:.2e} (without the adapter: {found['effect']}). If rounding is why: --save_dtype float32"
                 )
-        report["seconds"] = time.time() - started
-        report["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
+        report["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
         write_json(partial / "export.json", report)
         (partial / "README.md").write_text(model_card(base_model, lora_weights, report), encoding="utf-8")
         shutil.rmtree(scratch, ignore_errors=True)
