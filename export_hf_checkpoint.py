@@ -288,7 +288,8 @@ def merge_rows(layer, weight, dtype):
     A row of the update comes from one row of lora_B.
     """
     base, a, b = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
-    stored, merged = layer._hf_hook.weights_map, torch.empty(weight.shape, dtype=dtype)
+    stored, on_meta = layer._hf_hook.weights_map, (base.weight, a.weight, b.weight)
+    merged = torch.empty(weight.shape, dtype=dtype)
     a.weight = nn.Parameter(stored["lora_A.default.weight"], requires_grad=False)
     rows = max(1, PIECE // weight.shape[1])
     for i in range(0, len(weight), rows):
@@ -297,7 +298,7 @@ def merge_rows(layer, weight, dtype):
         layer.merge()
         layer.merged_adapters.clear()
         merged[i : i + rows] = base.weight
-    layer.to("meta")
+    base.weight, a.weight, b.weight = on_meta
     return merged
 
 

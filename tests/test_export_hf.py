@@ -451,7 +451,7 @@ def test_rows_are_merged_as_the_whole(tiny, tmp_path, monkeypatch):
         for name, value in (("PIECE", 3 * 128), ("PIECE", 2**30), ("is_plain", lambda layer: False)):
             with monkeypatch.context() as patch:
                 patch.setattr(script, name, value)
-                export(**flags_of(tiny, tmp_path, overwrite=True, save_dtype=dtype, check=False))
+                export(**flags_of(tiny, tmp_path, overwrite=True, save_dtype=dtype))
             made.append(load_file(tmp_path / "out" / "model.safetensors"))
         for name, tensor in made[0].items():
             assert torch.equal(tensor, made[1][name]) and torch.equal(tensor, made[2][name]), name
