@@ -38,12 +38,17 @@ import transformers
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
+PEFT_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # that hold a module of the base
 PIECE = 2**18  # elements merged at a time: a megabyte of float32, which stays in a cache
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -143,9 +148,7 @@ def base_folder(base_model, allow_pickle):
     base = find_base(base_model)
     if Path(base).is_dir():
         return Path(base)
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    if allow_pickle:
-        wanted.append("pytorch_model*.bin")
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"] + ["pytorch_model*.bin"] * allow_pickle
     try:
         return Path(snapshot_download(base, allow_patterns=wanted))
     except Exception as error:  # the hub client raises dozens of kinds
@@ -188,8 +191,6 @@ def open_model(folder, scratch, **options):
 
 def check_adapter(lora_weights, allow_pickle):
     """Refuse an adapter folder that cannot be merged, whatever the base; returns its configuration."""
-    from peft import PeftConfig
-
     folder, flag = Path(lora_weights), f"--lora_weights {lora_weights}"
     if not (folder / "adapter_config.json").exists():
         raise ValueError(
@@ -211,9 +212,6 @@ def check_adapter(lora_weights, allow_pickle):
 
 def add_adapter(model, weights, lora_weights):
     """Return PEFT's model of an open model and an adapter; its base's weights stay on disk, too."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
     remove_hook_from_submodules(model)
     del model.hf_device_map
     # PEFT moves an adapter to the device of its layer, and the meta device would lose it: so until the adapter is there
@@ -248,17 +246,9 @@ def add_adapter(model, weights, lora_weights):
         execution_device="cpu",
         offload=True,
         weights_map=OffloadedWeightsLoader(state_dict=in_memory, index=index),
-        preload_module_classes=[type(layer).__name__ for layer in model.modules() if is_adapted(layer)],
+        preload_module_classes=[type(layer).__name__ for layer in model.modules() if isinstance(layer, PEFT_LAYERS)],
     )
     return model
-
-
-def is_adapted(module):
-    """Say whether a module is PEFT's, with the base's inside."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
 # -----------------------------------------------------------------------------
@@ -282,6 +272,7 @@ def merge_module(layer, name):
     return tensors
 
 
+@torch.no_grad()
 def merge_rows(layer, weight, dtype):
     """Return what merge_module would of plain LoRA, rounded, a few rows at a time, which stay in a processor's cache.
 
@@ -290,11 +281,11 @@ def merge_rows(layer, weight, dtype):
     base, a, b = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
     stored, on_meta = layer._hf_hook.weights_map, (base.weight, a.weight, b.weight)
     merged = torch.empty(weight.shape, dtype=dtype)
-    a.weight = nn.Parameter(stored["lora_A.default.weight"], requires_grad=False)
+    a.weight = nn.Parameter(stored["lora_A.default.weight"])
     rows = max(1, PIECE // weight.shape[1])
     for i in range(0, len(weight), rows):
-        b.weight = nn.Parameter(stored["lora_B.default.weight"][i : i + rows], requires_grad=False)
-        base.weight = nn.Parameter(weight[i : i + rows].to(torch.float32, copy=True), requires_grad=False)
+        b.weight = nn.Parameter(stored["lora_B.default.weight"][i : i + rows])
+        base.weight = nn.Parameter(weight[i : i + rows].to(torch.float32, copy=True))
         layer.merge()
         layer.merged_adapters.clear()
         merged[i : i + rows] = base.weight
@@ -304,9 +295,9 @@ def merge_rows(layer, weight, dtype):
 
 def is_plain(layer):
     """Say whether a layer of PEFT is plain LoRA on a linear layer."""
-    from peft.tuners.lora import Linear
-
-    return type(layer) is Linear and not (layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()))
+    if type(layer) is not LoraLinear:
+        return False
+    return not (layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()))
 
 
 def read_tensor(entry):
@@ -349,7 +340,8 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
                     ready |= merge_module(layer, module)
                 value = ready.pop(parameter)
             shard[name] = value = value.to(new).contiguous()
-            changed = changed or not torch.equal(value, before.to(new))
+            if module and not changed:
+                changed = not torch.equal(value, before.to(new))
             if not torch.stack(value.aminmax()).isfinite().all():
                 raise ValueError(f"{name}: NaN, or numbers too large for {new}")
         save_file(shard, target / filename, metadata={"format": "pt"})
@@ -362,8 +354,6 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
 
 def merge_whole(source, lora_weights, target, untied, dtype, max_shard_size, **options):
     """Merge with the whole model in memory, and let transformers write it back in the form of its files."""
-    from peft import PeftModel
-
     model = load_model(source, dtype=torch.float32, **options)
     for name in untied:
         path, _, leaf = name.rpartition(".")
@@ -384,8 +374,7 @@ def quantize_model(source, target, method, max_shard_size):
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["lm_head"],
         )
-        model = load_model(source, dtype=torch.bfloat16, quantization_config=settings)
-        model.save_pretrained(target, max_shard_size=max_shard_size)
+        load_model(source, quantization_config=settings).save_pretrained(target, max_shard_size=max_shard_size)
         return
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
@@ -458,9 +447,7 @@ def copy_tokenizer(source, target):
 
 def write_companions(source, lora_weights, folder, settings):
     """Write what a model has beside weights and configuration: the adapter's, where that has it, or the base's."""
-    places = [source]
-    if lora_weights:
-        places.append(Path(lora_weights))
+    places = [source, Path(lora_weights)] if lora_weights else [source]
     for place in places:
         copy_files(["*processor_config.json", "generation_config.json"], place, folder)
     if not (folder / "generation_config.json").exists():
@@ -662,7 +649,11 @@ def export(
         adapter, adapted = None, []
         if lora_weights:
             adapter = add_adapter(base, weights, lora_weights)
-            adapted = [n for n, module in base.named_modules() if is_adapted(module) and hasattr(module, "_hf_hook")]
+            adapted = [
+                name
+                for name, module in base.named_modules()
+                if isinstance(module, PEFT_LAYERS) and hasattr(module, "_hf_hook")  # not those inside of another
+            ]
         ties = base.all_tied_weights_keys.items()
         untied = [pair[0] for pair in ties if any(name.rpartition(".")[0] in adapted for name in pair)]
         dtype = getattr(torch, save_dtype) if save_dtype else None
