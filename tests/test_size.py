@@ -18,19 +18,25 @@ BUDGETS = {
     "finetune.py": 5_500,
     "finetune_vl.py": 6_000,
     "generate.py": 5_950,  # 5,200 before it read images: 300 are finetune_vl.py's helpers, 110 the scores of formulas
+    "export_hf_checkpoint.py": 4_500,
+    "export_state_dict.py": 2_600,
     "data/prepare.py": 2_000,
     "data/gsm8k.py": 1_000,
     "data/latex_ocr.py": 1_700,
     "data/tiny_vl.py": 2_300,
     # not rewritten yet: they may not grow
     "ppo_gsm8k.py": 17_600,
-    "export_hf_checkpoint.py": 11_300,  # 11,000 before it merged models that take images, and checked them with one
-    "export_state_dict.py": 3_400,
     "data/tiny.py": 2_450,
 }
-OLD = ("ppo_gsm8k.py", "export_hf_checkpoint.py", "export_state_dict.py", "data/tiny.py")
+OLD = ("ppo_gsm8k.py", "data/tiny.py")
 REWRITTEN = [name for name in BUDGETS if name not in OLD]
-ENTRY_LINES = {"finetune.py": 300, "finetune_vl.py": 314, "generate.py": 280}
+ENTRY_LINES = {
+    "finetune.py": 300,
+    "finetune_vl.py": 314,
+    "generate.py": 280,
+    "export_hf_checkpoint.py": 150,
+    "export_state_dict.py": 150,
+}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
