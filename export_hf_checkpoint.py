@@ -219,7 +219,7 @@ def add_adapter(model, weights, lora_weights):
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         set_module_tensor_to_device(model, name, "cpu", value=torch.zeros(()).expand(parameter.shape))
     blank = set(model.parameters())
-    warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, by name
+    warnings.filterwarnings("ignore", module="peft")  # on missing tensors, refused below, and on tied embeddings
     try:
         model = PeftModel.from_pretrained(model, lora_weights, low_cpu_mem_usage=True, torch_device="cpu")
         found = set(load_peft_weights(lora_weights, device="cpu"))

@@ -30,13 +30,8 @@ BUDGETS = {
 }
 OLD = ("ppo_gsm8k.py", "data/tiny.py")
 REWRITTEN = [name for name in BUDGETS if name not in OLD]
-ENTRY_LINES = {
-    "finetune.py": 300,
-    "finetune_vl.py": 314,
-    "generate.py": 280,
-    "export_hf_checkpoint.py": 150,
-    "export_state_dict.py": 150,
-}
+ENTRY_LINES = {"finetune.py": 300, "finetune_vl.py": 314, "generate.py": 280}
+ENTRY_LINES |= {"export_hf_checkpoint.py": 150, "export_state_dict.py": 150}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
