@@ -13,7 +13,8 @@ Export a Llama or Qwen2 model, with or without a LoRA adapter, as Meta's own che
 Meta's model rotates neighbouring pairs of a head's elements, transformers' the first half against the second: the rows
 of the query and key projections, and of their biases, change places. What Meta's model cannot compute is refused.
 
-The base model's files are mapped, not read: in memory is what changes, with an adapter on all layers about the model.
+The base model's files are mapped, not read. With an adapter the whole model is in memory in float32: for a large one
+merge with export_hf_checkpoint.py first, and export the result.
 """
 
 import functools
@@ -21,7 +22,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 import traceback
 import warnings
 from importlib.metadata import version
@@ -31,8 +31,7 @@ from typing import get_type_hints
 import fire
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -253,12 +252,6 @@ def permute_for_rope(tensor, num_heads):
     return tensor.reshape(num_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def unpermute_for_rope(tensor, num_heads):
-    """Undo permute_for_rope: the even elements of a head are its first half, the odd ones its second."""
-    heads = tensor.reshape(num_heads, -1, *tensor.shape[1:])
-    return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).reshape(tensor.shape)
-
-
 def rotated_heads(name, config):
     """Return the number of heads in a tensor (of transformers' name) that is to be permuted, else None."""
     rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -277,116 +270,54 @@ def to_meta(weights, config):
     return stored
 
 
-def check_stored(path, weights, config):
-    """Read a state dict back from disk and compare it, permuted back, with the weights; returns its tensor count."""
-    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    wrong = sorted(set(stored) ^ {meta_name(name) for name in weights})
-    for name, tensor in weights.items():
-        back, heads = stored.get(meta_name(name)), rotated_heads(name, config)
-        if back is None or not torch.equal(unpermute_for_rope(back, heads) if heads else back, tensor):
-            wrong.append(meta_name(name))
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors are not what was written, {', '.join(wrong[:3])} among them")
-    return len(stored)
-
-
 # -----------------------------------------------------------------------------
 # base and adapter
 
 
-def load_source(base, allow_pickle):
-    """Load the base model of a folder or hub id to the CPU, in its own dtype, once all of it is there and is used."""
-    if Path(base).is_dir() and not allow_pickle and not any(Path(base).glob("*.safetensors")):
-        pickled = sorted(path.name for path in Path(base).glob("*.bin"))
-        if pickled:
-            raise ValueError(
-                f"--base_model {base} has its weights in {pickled[0]}, a pickle: convert it to safetensors, or give "
-                "--allow_pickle if you know where it comes from"
-            )
+def load_source(base, dtype, allow_pickle):
+    """Load the base model of a folder or hub id to the CPU, once all of it is there and is used."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            base, dtype="auto", use_safetensors=None if allow_pickle else True, output_loading_info=True
+            base, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True
         )
     except Exception as error:  # transformers, torch and safetensors have their own kinds
-        raise ValueError(f"--base_model {base} cannot be loaded: {error!s:.500}") from error
+        raise ValueError(
+            f"--base_model {base} cannot be loaded: {error!s:.500}. PyTorch's *.bin files, pickles that can run "
+            "code, are read with --allow_pickle only"
+        ) from error
     unused = sorted(name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     for names, what in (sorted(info["missing_keys"]), "in its files"), (unused, "in its configuration"):
         if names:
-            raise ValueError(
-                f"--base_model {base}: {len(names)} tensors are not {what}: {', '.join(names[:5])}"
-                + ("" if len(names) < 6 else ", ...")
-            )
+            raise ValueError(f"--base_model {base}: {len(names)} tensors are not {what}: {', '.join(names[:5])}")
     return model.eval()
 
 
-def readable_adapter(lora_weights, allow_pickle, scratch):
-    """Return the folder of an adapter in safetensors: its own, or `scratch`, to which a pickled one is converted.
+@torch.no_grad()
+def merge_adapter(model, lora_weights):
+    """Return a float32 model with an adapter merged into it, and how far its logits are from those before the merge.
 
-    Refuses an adapter that is pickled, without `allow_pickle`, and one that changes nothing.
+    The difference is relative to the largest logit, on some tokens: base and adapter are run side by side first.
     """
-    folder, path = Path(lora_weights), Path(lora_weights) / "adapter_model.safetensors"
-    pickled = folder / "adapter_model.bin"
-    if not path.exists() and pickled.exists():
-        if not allow_pickle:
-            raise ValueError(
-                f"--lora_weights {lora_weights} has its weights in {pickled.name}, a pickle: give --allow_pickle if "
-                "you know where it comes from"
-            )
-        try:
-            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-            save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / path.name)
-        except Exception as error:  # torch's kinds, and what a damaged pickle makes of the loop
-            raise ValueError(f"--lora_weights {pickled} is not a file of plain tensors: {error!s:.200}") from error
-        shutil.copy(folder / "adapter_config.json", scratch)
-        folder, path = scratch, scratch / path.name
-    if path.exists():  # otherwise load_adapter says what is missing
-        try:
-            with safe_open(path, "pt") as file:
-                lora_b = [name for name in file.keys() if "lora_B" in name or "lora_embedding_B" in name]
-                zero = lora_b and not any(file.get_tensor(name).any() for name in lora_b)
-        except SafetensorError as error:
-            raise ValueError(f"--lora_weights {lora_weights}: {path.name} is damaged: {error}") from error
-        if zero:
-            raise ValueError(
-                f"--lora_weights {lora_weights} changes nothing: all {len(lora_b)} LoRA B matrices are zero"
-            )
-    return folder
-
-
-def merge_in_float32(model, dtype):
-    """Merge every adapted layer of a PEFT model in float32 and round it once; returns {layer: difference}.
-
-    The difference is the largest one between the layer's outputs with the adapter beside it and with it merged, on
-    random inputs in float32, relative to the largest output: it proves each merge by another path than the merge's.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    seen, differences, generator = set(), {}, torch.Generator().manual_seed(0)
+    warnings.filterwarnings("ignore", module="peft")  # on embeddings that are no longer tied
+    tokens = torch.arange(64)[None] % model.config.vocab_size
+    alone = model(tokens).logits
+    model = load_adapter(model, lora_weights).eval()
     # a tied weight becomes two parameters in the same memory: merging into one must not change the other
+    seen = set()
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter in seen:
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, torch.nn.Parameter(parameter.detach(), requires_grad=False))
+            setattr(model.get_submodule(parent), own, torch.nn.Parameter(parameter.detach().clone()))
         seen.add(parameter)
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base = layer.get_base_layer()
-        for parameter in base.parameters():
-            parameter.data = parameter.data.to(torch.float32, copy=True)
-        if isinstance(base, torch.nn.Embedding):
-            inputs = torch.arange(base.num_embeddings)
-        else:
-            inputs = torch.randn(8, base.weight.shape[1], generator=generator)
-        try:
-            beside = layer(inputs)
-            layer.merge(safe_merge=True)  # the one that refuses NaN; in float32 it rounds no more than the other
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--lora_weights: the adapter of {name} cannot be merged: {error}") from error
-        difference = (base(inputs) - beside).abs().max() / beside.abs().max()
-        differences[name.removeprefix("base_model.model.")] = difference.item()
-        base.to(dtype)
-    return differences
+    beside = model(tokens).logits
+    if torch.equal(alone, beside):
+        raise ValueError(f"--lora_weights {lora_weights} changes nothing")
+    try:
+        model = model.merge_and_unload()
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--lora_weights {lora_weights} cannot be merged: {error}") from error
+    difference = (model(tokens).logits - beside).abs().max() / beside.abs().max()
+    return model, difference.item()
 
 
 def copy_tokenizer_parts(base, lora_weights, folder):
@@ -403,18 +334,25 @@ def copy_tokenizer_parts(base, lora_weights, folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def check_output(output_dir, overwrite, sources):
-    """Refuse an --output_dir that is taken: by files, unless they are an earlier export and may go, or by a source."""
+def check_output(output_dir, overwrite):
+    """Refuse an --output_dir that is taken, unless it is an earlier export and may go."""
     out = Path(output_dir)
-    for source in sources:
-        if out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-            raise ValueError(f"--output_dir {output_dir} is or holds {source}, which is read: name another folder")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
-    if not (out / "params.json").exists() or not (out / "consolidated.00.pth").exists():
+    if not (out / "export.json").exists():
         raise ValueError(f"--output_dir {output_dir} exists and is no earlier export: name another folder")
     if not overwrite:
         raise ValueError(f"--output_dir {output_dir} has an earlier export: --overwrite replaces it")
+
+
+def replace_folder(partial, target):
+    """Give the finished folder its name; what had it is deleted after that."""
+    old = Path(f"{target}.old.incomplete")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_meta(
@@ -452,72 +390,46 @@ def export_meta(
     if lora_weights and not (Path(lora_weights) / "adapter_config.json").exists():
         raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
     base = find_base(base_model)
-    check_output(output_dir, overwrite, [path for path in (find_path(base), lora_weights) if path])
+    check_output(output_dir, overwrite)
     quiet_libraries()
     config = load_config(base)
     params = meta_params(config, target)
 
     # 2. base model, adapter merged
-    model = load_source(base, allow_pickle)
-    dtype = getattr(torch, save_dtype) if save_dtype else model.dtype
-    written_as = str(dtype).removeprefix("torch.")
     print(
-        f"export_state_dict.py  {base_model} + {lora_weights or 'no adapter'} -> {output_dir}    {target}  {written_as}"
+        f"export_state_dict.py  {base_model} + {lora_weights or 'no adapter'} -> {output_dir}    {target}", flush=True
     )
-    differences = {}
-    with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
-        warnings.simplefilter("ignore")  # peft's, on merged layers and on embeddings that are no longer tied
-        if lora_weights:
-            model = load_adapter(model, readable_adapter(lora_weights, allow_pickle, Path(scratch))).eval()
-            differences = merge_in_float32(model, dtype)
-            unproven = [name for name, difference in differences.items() if not difference < 1e-4]
-            if unproven or not differences:
-                kinds = ", ".join(sorted({settings.peft_type for settings in model.peft_config.values()}))
-                why = f"it changes {', '.join(unproven[:3])}" if unproven else f"no layer has one of its kind, {kinds}"
-                raise ValueError(f"--lora_weights {lora_weights} cannot be merged: {why}")
-            model = model.merge_and_unload()
-        model.to(dtype)
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    model = load_source(base, "auto", allow_pickle)
+    dtype, difference = getattr(torch, save_dtype) if save_dtype else model.dtype, None
+    if lora_weights:
+        model, difference = merge_adapter(model.float(), lora_weights)
+        print(f"  merged      in float32; logits before and after differ by {difference:.1e} of the largest")
+        if not difference < 1e-4:
+            raise ValueError(f"--lora_weights {lora_weights} cannot be merged: logits change by {difference:.1e}")
+    weights, written_as = model.to(dtype).state_dict(), str(dtype).removeprefix("torch.")
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --save_dtype")
-    stored = to_meta(weights, config)
 
     # 3. write beside the target
-    out = Path(output_dir).resolve()
-    partial, replaced = out.with_name(f"{out.name}.incomplete"), out.with_name(f"{out.name}.replaced.incomplete")
-    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in stored.values()}.values())
-    for leftover in partial, replaced:
-        shutil.rmtree(leftover, ignore_errors=True)
+    target_folder = Path(output_dir)
+    partial = Path(f"{target_folder}.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < size:
-            raise ValueError(f"--output_dir {output_dir}: {size:,} bytes to write, {free:,} are free")
-        torch.save(stored, partial / "consolidated.00.pth")
+        torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
         write_json(partial / "params.json", params)
-        num_tensors = check_stored(partial / "consolidated.00.pth", weights, config)
-        summary = {"base_model": base_model, "lora_weights": lora_weights, "target": target}
-        summary |= {"dtype": written_as, "tensors": num_tensors, "bytes": size, "merged": differences}
+        summary = {"base_model": base_model, "lora_weights": lora_weights, "target": target, "difference": difference}
+        summary |= {"dtype": written_as, "tensors": len(weights)}
         summary |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "max_position_embeddings")}
         summary["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
         write_json(partial / "export.json", summary)
         files = copy_tokenizer_parts(base, lora_weights, partial)
-        if out.exists() and any(out.iterdir()):
-            out.rename(replaced)
-        partial.rename(out)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        raise ValueError(f"--output_dir {output_dir} cannot be written: {error!s:.300}") from error
-    finally:
+        replace_folder(partial, target_folder)
+    except BaseException:  # an interrupt, too
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-    if differences:
-        print(
-            f"  merged      {len(differences)} layers in float32; outputs with the adapter beside and merged differ by "
-            f"{max(differences.values()):.1e} of the largest"
-        )
-    print(f"  self-check  {num_tensors} tensors read back and permuted back: bit for bit the merged weights")
-    print(f"wrote {output_dir}: {', '.join(files)}, {size:,} bytes of weights")
+        raise
+    print(f"wrote {output_dir}: {', '.join(files)}")
     if not {"tokenizer.model", "tokenizer.json"} & set(files):
         print(f"there is no tokenizer in {base_model}: add it yourself")
     if params.get("use_scaled_rope") and target == "executorch":

@@ -1,5 +1,5 @@
 """
-The stages in a row on the embedded model: finetune -> ppo -> export -> state dict and GGUF, same answers throughout.
+The stages in a row on the embedded model: finetune -> ppo -> export -> state dict, same answers throughout.
 
     .venv/bin/python -m pytest tests/test_chain.py -m slow
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export_hf import read_gguf
 from test_export_state_dict import meta_logits, read
 
 import export_hf_checkpoint
@@ -70,7 +69,7 @@ def test_every_form_answers_as_the_adapter_does(trained, tmp_path, stage):
 
     merged = tmp_path / "merged"
     flags = {"base_model": base, "lora_weights": adapter, "save_dtype": "float32"}
-    export_hf_checkpoint.export(**flags, output_dir=str(merged), gguf="f32")
+    export_hf_checkpoint.export(**flags, output_dir=str(merged))
     assert answers(tmp_path, base_model=str(merged)) == expected
 
     tokenizer = finetune.AutoTokenizer.from_pretrained(str(merged))
@@ -82,10 +81,9 @@ def test_every_form_answers_as_the_adapter_does(trained, tmp_path, stage):
         for row in rows
     ]
     prompts = [list(ids["input_ids"]) if not isinstance(ids, list) else ids for ids in prompts]
-    model = read_gguf(merged / "model-f32.gguf")
     export_state_dict.export_meta(**flags, output_dir=str(tmp_path / "from_adapter"))
     export_state_dict.export_meta(base_model=str(merged), output_dir=str(tmp_path / "from_merged"))
-    forms = {"gguf": lambda ids: model(ids).logits}
+    forms = {}
     for name in ("from_adapter", "from_merged"):
         stored, params = read(tmp_path / name)
         forms[name] = lambda ids, stored=stored, params=params: meta_logits(stored, params, ids)

@@ -19,18 +19,19 @@ BUDGETS = {
     "finetune_vl.py": 6_000,
     "generate.py": 5_200,
     "ppo_gsm8k.py": 9_000,
+    "export_hf_checkpoint.py": 4_500,
+    "export_state_dict.py": 2_600,
     "data/prepare.py": 2_000,
     "data/gsm8k.py": 1_000,
     "data/latex_ocr.py": 1_700,
     "data/tiny_vl.py": 2_300,
     # not rewritten yet: they may not grow
-    "export_hf_checkpoint.py": 11_300,  # 11,000 before it merged models that take images, and checked them with one
-    "export_state_dict.py": 3_400,
     "data/tiny.py": 2_450,
 }
-OLD = ("export_hf_checkpoint.py", "export_state_dict.py", "data/tiny.py")
+OLD = ("data/tiny.py",)
 REWRITTEN = [name for name in BUDGETS if name not in OLD]
 ENTRY_LINES = {"finetune.py": 300, "finetune_vl.py": 314, "generate.py": 260, "ppo_gsm8k.py": 260}
+ENTRY_LINES |= {"export_hf_checkpoint.py": 150, "export_state_dict.py": 150}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
