@@ -64,7 +64,7 @@ TINY = HERE / "data" / "tiny"
 LOGITS_AT_ONCE = 2**26  # entries of a chunk of logits: 256 MB in float32
 ROWS_AT_ONCE = 256  # sequences that one device decodes at a time
 PATIENCE = 300  # seconds in which a rollout server must answer
-RETRIES = 12  # of a request to a server that is not there: after 0, 2, 4, 8, 16, 30, 30, ... seconds, 4 minutes in all
+RETRIES = 8  # of a request to a server that is not there: after 0, 2, 4, 8, ... 120 seconds, 4 minutes in all
 CHOICES = {
     "adv_estimator": ("gae", "grpo", "rloo", "reinforce_plus_plus"),
     "lr_scheduler_type": ("linear", "constant"),
@@ -682,7 +682,6 @@ class ServerRollout:
             RETRIES,
             read=2,
             backoff_factor=1,
-            backoff_max=30,
             status_forcelist=[500, 502, 503],
             allowed_methods=None,
         )
@@ -917,7 +916,7 @@ def update(
 # build, validate, save, resume
 
 
-def load_model(base, dtype, lora_weights, flags):
+def load_policy(base, dtype, lora_weights, flags):
     """Return a model with the adapter of lora_weights, or a new one; with --lora_r 0 without, the adapter merged."""
     import peft
 
@@ -962,7 +961,7 @@ def load_roles(
     full = not flags["lora_r"]
     for name in names:
         if full or name == "actor":
-            model = load_model(base, torch.float32 if full and name != "reference" else dtype, lora_weights, flags)
+            model = load_policy(base, torch.float32 if full and name != "reference" else dtype, lora_weights, flags)
         elif lora_weights:
             model.load_adapter(lora_weights, name, is_trainable=name == "critic")
         elif name == "critic":
@@ -1042,7 +1041,7 @@ def save_actor(actor, folder):
             is_main_process=is_main_process,
         )
         return
-    weights = {name: whole(p.detach()) for name, p in actor.model.named_parameters()}  # what is tied once
+    weights = {name: whole(p.data) for name, p in actor.model.named_parameters()}  # what is tied once
     if is_main_process:
         actor.model.save_pretrained(folder, state_dict=weights)
 
@@ -1323,7 +1322,7 @@ def train_ppo(
     # 4. processes, roles, rollout engine
     ranks = PartialState(cpu=not torch.accelerator.is_available())
     set_seed(seed)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = len(tokenizer)
     names = ["actor"] + ["critic"] * (adv_estimator == "gae") + ["reference"] * bool(kl_coef or kl_loss_coef)
     roles = load_roles(names, base_model, getattr(torch, dtype), ranks.device, lora_weights, flags, vocab_size)
     actor = roles["actor"]
