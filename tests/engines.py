@@ -6,12 +6,13 @@ llama.cpp and vLLM, each in an environment of its own, for the tests that give t
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import tempfile
 import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from test_flags import ROOT
@@ -51,13 +52,53 @@ def post(address, path, timeout=300, **fields):
 def llama_cpp(path, context=1024):
     """Run llama.cpp's server on a GGUF file; gives its address."""
     command = [engine("llamacpp", "python"), "-c", LLAMA_CPP, str(path), str(context)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            address = next((line.split()[1] for line in process.stdout if line.startswith("ready")), None)
+            if address is None:
+                log.seek(0)
+                pytest.fail(f"llama.cpp does not load {path}:\n{log.read()[-3000:]}")
+            yield address
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def vllm(command, tmp_path):
+    """Run a `vllm serve ...` command, as a list of words, on a CPU and a free port; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [engine("vllm", "vllm"), *command[1:], "--host", "127.0.0.1", "--port", str(port)]
+    # without compiled kernels it is up in half the time; otherwise it takes nearly all memory that the machine has
+    command += ["--enforce-eager", "--gpu-memory-utilization", "0.15"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    with open(tmp_path / "vllm.log", "w+") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | settings, cwd=tmp_path, start_new_session=True
+        )
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 900
+            while not healthy(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    pytest.fail(f"{' '.join(command)}\n{log.read()[-3000:]}")
+                time.sleep(1)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its workers
+
+
+def healthy(address):
+    """Say whether a server is up."""
     try:
-        for line in process.stdout:
-            if line.startswith("ready"):
-                yield line.split()[1]
-                return
-        pytest.fail(f"llama.cpp does not load {path}:\n{process.stderr.read()[-3000:]}")
-    finally:
-        process.kill()
-        process.communicate()
+        return urllib.request.urlopen(f"{address}/health", timeout=5).status == 200
+    except OSError:
+        return False
