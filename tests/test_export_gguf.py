@@ -379,16 +379,17 @@ def test_weights_that_are_missing_or_do_not_fit(made, tmp_path):
 
 
 def check_log_probs(address, model, ids):
-    """Compare the log-probabilities of all tokens after ids, at every seventh place; returns the largest difference."""
-    places = range(7, len(ids), 7)
+    """Compare the log-probabilities of all tokens, at every fifth place of ids; returns the largest difference."""
+    places = range(5, len(ids), 5)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     fields = {"temperature": 0, "n_predict": 1, "n_probs": model.config.vocab_size}
     answers = {n: post(address, "/completion", prompt=ids[:n], cache_prompt=False, **fields) for n in places}
+    probabilities = "completion_probabilities"
     # where the likeliest token is a part of a character, the server gives no probabilities
-    told = {n: answer["completion_probabilities"][0] for n, answer in answers.items() if answer["content"] != ""}
+    told = {n: answer[probabilities][0] for n, answer in answers.items() if probabilities in answer}
     got = {n: {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]} for n, step in told.items()}
-    assert len(got) > len(places) / 2 and {len(row) for row in got.values()} == {model.config.vocab_size}
+    assert len(got) > len(places) / 3 and {len(row) for row in got.values()} == {model.config.vocab_size}
     return max(abs(row[i] - expected[n - 1, i].item()) for n, row in got.items() for i in row)
 
 
@@ -406,7 +407,7 @@ def test_llama_cpp_sees_the_same_tokens_and_computes_the_same(kind, made, tmp_pa
         for text in texts:
             got = post(address, "/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
             assert got == tokenizer(text).input_ids, text
-        worst = max(check_log_probs(address, model, tokenizer(text).input_ids[:200]) for text in TEXTS[2:6])
+        worst = check_log_probs(address, model, tokenizer((ROOT / "README.md").read_text("utf-8")).input_ids[:200])
     print(f"{kind}: log-probabilities differ by at most {worst:.1e}")
     assert worst < 1e-4
 
