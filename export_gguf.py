@@ -19,6 +19,7 @@ import json
 import re
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import get_type_hints
 
@@ -202,7 +203,6 @@ def load_merged(base, lora_weights):
 
     # where the two embeddings are tied, a merge into one must not change the other
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
     saved, model = load_peft_weights(lora_weights), PeftModel.from_pretrained(model, lora_weights)
     odd = saved.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     odd -= model.state_dict().keys()  # where embeddings are adapted, peft saves the base's own with the adapter
@@ -309,6 +309,7 @@ def export_gguf(
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: --overwrite it, or another --output_dir")
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for a renamed property
 
     # 2. the model, once llama.cpp can read it
     source = adapter if adapter and (adapter / "tokenizer_config.json").exists() else base

@@ -13,9 +13,11 @@ import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
-from test_flags import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # one sequence at a time with keys and values in float32, so that an answer does not depend on who else asks
 LLAMA_CPP = """

@@ -17,6 +17,7 @@ from test_flags import ROOT, SCRIPTS, entry_function
 BUDGETS = {
     "finetune.py": 5_500,
     "finetune_vl.py": 6_000,
+    "export_gguf.py": 2_200,
     "generate.py": 5_950,  # 5,200 before it read images: 300 are finetune_vl.py's helpers, 110 the scores of formulas
     "data/prepare.py": 2_000,
     "data/gsm8k.py": 1_000,
