@@ -65,7 +65,7 @@ MODELS = {  # {kind: (config, tokenizer)}
     "llama-2": (LlamaConfig(**SIZES), "SentencePiece"),
     "llama with biases": (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), "gpt-2"),
     "smollm, linear": (LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LINEAR), "smollm"),
-    "phi-4's tokenizer": (LlamaConfig(**SIZES), "smaug-bpe"),
+    "llama3 without ignore_merges": (LlamaConfig(**SIZES), "smaug-bpe"),
     "qwen2, tied": (Qwen2Config(**SIZES, tie_word_embeddings=True), "qwen2"),
     "qwen2, yarn": (Qwen2Config(**SIZES, rope_parameters=YARN), "qwen2"),
     "qwen3": (Qwen3Config(**SIZES, head_dim=128), "qwen2"),  # transformers reads no other head_dim from GGUF files
@@ -162,7 +162,7 @@ def logits(model):
 # what is in the file
 
 
-@pytest.mark.parametrize("kind", ["llama-3.2", "qwen2, tied", "qwen3", "phi-4's tokenizer"])
+@pytest.mark.parametrize("kind", ["llama-3.2", "qwen2, tied", "qwen3", "llama3 without ignore_merges"])
 def test_in_float32_it_is_the_same_model(kind, made, tmp_path):
     base = made(kind)
     export_gguf(base_model=str(base), output_dir=str(tmp_path), outtype="f32")
@@ -377,7 +377,7 @@ def test_weights_that_are_missing_or_do_not_fit(made, tmp_path):
         base_model=str(base),
         lora_weights=str(adapter),
     )
-    llama = made("phi-4's tokenizer")
+    llama = made("llama3 without ignore_merges")
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.lm_head.weight.data[5, 5] = 7e4
     model.save_pretrained(tmp_path / "large")
