@@ -40,6 +40,7 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 ROPE_SETTINGS = {
     "rope_theta",
     "rope_type",
+    "type",  # the same, as older configurations say it
     "factor",
     "original_max_position_embeddings",
     "low_freq_factor",
@@ -162,7 +163,7 @@ def add_tokenizer(writer, tokenizer, kind, stops, size):
     writer.add_token_scores(scores)
     writer.add_token_types(types)
     writer.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    template = tokenizer.chat_template
+    template = tokenizer.chat_template and tokenizer.get_chat_template()  # of several the default one
     special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     special |= zip(("eot", "eom"), stops - {tokenizer.eos_token_id})
     for name, number in special.items():
@@ -182,7 +183,7 @@ def check_config(config):
     """Refuse a model that llama.cpp cannot run, or would run otherwise than transformers."""
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"a model of type {config.model_type}; written are {', '.join(ARCHITECTURES)}")
-    rope = {name: value for name, value in config.rope_parameters.items() if value is not None}
+    rope = config.rope_parameters
     if rope["rope_type"] not in ROPE_TYPES or rope.keys() - ROPE_SETTINGS:
         raise ValueError(f"RoPE with {rope}; written are {', '.join(ROPE_TYPES)} with {', '.join(ROPE_SETTINGS)}")
     if config.hidden_act != "silu" or getattr(config, "use_sliding_window", False):

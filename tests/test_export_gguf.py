@@ -59,7 +59,7 @@ SIZES |= {"intermediate_size": 96, "max_position_embeddings": 256, "vocab_size":
 LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64}
 LINEAR = {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}
-YARN = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_theta": 1e6, "type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 MODELS = {  # {kind: (config, tokenizer)}
     "llama-3.2": (LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True), "llama-bpe"),
     "llama-2": (LlamaConfig(**SIZES), "SentencePiece"),
@@ -216,7 +216,7 @@ def test_an_adapter_is_merged_in_float32(config, made, tmp_path):
 
 def test_the_tokenizer_and_the_settings(made, tmp_path):
     base, template = made("llama-3.2"), TEMPLATES["alpaca"]
-    tokenizer = AutoTokenizer.from_pretrained(base, chat_template=template)
+    tokenizer = AutoTokenizer.from_pretrained(base, chat_template={"default": template, "tool_use": "no"})
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
     tokenizer.add_tokens(["<plain>"])
     tokenizer.save_pretrained(adapter)
