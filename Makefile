@@ -10,10 +10,10 @@ CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_d
 help:
 	@echo 'make demo    fine-tune the embedded tiny model on a CPU, and score it before and after'
 	@echo 'make test    the fast tests'
-	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed, a browser'
+	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed, a browser, llama.cpp, vLLM'
 	@echo 'make check   ruff, and the tests of what the scripts have in common: seconds'
 	@echo 'make lint    ruff alone; make format lets it rewrite'
-	@echo 'make clean   delete caches and unfinished output; out/ and .venv stay'
+	@echo 'make clean   delete caches and unfinished output; out/ and the environments stay'
 
 demo: .venv/installed
 	$(BIN)/python finetune.py --overwrite
@@ -48,7 +48,7 @@ format: .venv/installed
 
 clean:
 	rm -rf .pytest_cache .ruff_cache *.incomplete data/*.incomplete out/*.incomplete
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
