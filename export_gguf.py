@@ -16,12 +16,15 @@ nothing is written. Its own converter refuses too; here the message says what wo
 
 import functools
 import json
+import logging
 import re
 import sys
 import traceback
 import warnings
 from pathlib import Path
 from typing import get_type_hints
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported, it asks for an optional package
 
 import fire
 import gguf
@@ -192,9 +195,8 @@ def check_config(config):
 
 def load_merged(base, lora_weights):
     """Return the base model, with the adapter merged into it in float32 where there is one."""
-    dtype = "float32" if lora_weights else "auto"
     model, info = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, use_safetensors=True, output_loading_info=True
+        base, dtype="float32" if lora_weights else "auto", use_safetensors=True, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ValueError(f"tensors are missing: {', '.join(sorted(info['missing_keys']))}")
@@ -310,7 +312,8 @@ def export_gguf(
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: --overwrite it, or another --output_dir")
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for a renamed property
+    # of peft: it asks for a renamed property, and says that embeddings are not tied any more
+    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|no longer tied)")
 
     # 2. the model, once llama.cpp can read it
     source = adapter if adapter and (adapter / "tokenizer_config.json").exists() else base
