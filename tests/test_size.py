@@ -21,6 +21,7 @@ BUDGETS = {
     "ppo_gsm8k.py": 9_000,
     "export_hf_checkpoint.py": 4_500,
     "export_state_dict.py": 2_600,
+    "export_gguf.py": 2_200,
     "data/prepare.py": 2_000,
     "data/gsm8k.py": 1_000,
     "data/latex_ocr.py": 1_700,
