@@ -22,13 +22,13 @@ BUDGETS = {
     "data/gsm8k.py": 1_000,
     "data/latex_ocr.py": 1_700,
     "data/tiny_vl.py": 2_300,
+    "data/tiny.py": 2_100,
     # not rewritten yet: they may not grow
     "ppo_gsm8k.py": 17_600,
     "export_hf_checkpoint.py": 11_300,  # 11,000 before it merged models that take images, and checked them with one
     "export_state_dict.py": 3_400,
-    "data/tiny.py": 2_450,
 }
-OLD = ("ppo_gsm8k.py", "export_hf_checkpoint.py", "export_state_dict.py", "data/tiny.py")
+OLD = ("ppo_gsm8k.py", "export_hf_checkpoint.py", "export_state_dict.py")
 REWRITTEN = [name for name in BUDGETS if name not in OLD]
 ENTRY_LINES = {"finetune.py": 300, "finetune_vl.py": 314, "generate.py": 280}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
