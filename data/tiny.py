@@ -243,7 +243,7 @@ def make_tiny(
     *,
     output_dir: str = "data/tiny",
     train_size: int = 2000,
-    demonstrations: int = 64,
+    demonstrations: int = 32,
     dev_size: int = 512,
     test_size: int = 512,
     vocab_size: int = 1024,
