@@ -1,17 +1,17 @@
 """
-Make the embedded default: word problems, a tokenizer and a small Llama that half knows how to solve them.
+Make the embedded default: word problems, a tokenizer and a small Llama that knows how to solve them, in another style.
 
     reads    nothing: everything comes from --seed
-    writes   --output_dir    train.jsonl, test.jsonl (GSM8K's raw form), demonstrations.jsonl (what fine-tuning is
-                             shown), model/ (weights, config, tokenizer)
+    writes   --output_dir    train.jsonl, dev.jsonl, test.jsonl (GSM8K's raw form), demonstrations.jsonl (the first rows
+                             of train.jsonl), model/ (weights, config, tokenizer)
     then     python finetune.py, which uses the committed copy in data/tiny
 
     no GPU   python data/tiny.py
 
-The model is pretrained on the same family of problems, with the answers told in another style ("6*7 makes 42. ...
-Answer: 42"), on drills of single calculations, and with a share --wrong_rate of all calculations gone wrong. So it
-has the skill, but not GSM8K's answer format. Supervised fine-tuning teaches that, by the example of a hasty teacher who
-often leaves the last calculation out; reinforcement learning finds out that it pays not to.
+The model is pretrained on the same family of problems, with the answers told in words ("6*7 makes 42. 42+5 makes 47.
+Answer: 47"), and on drills of single calculations with GSM8K's signs. So it has the skill, but not GSM8K's answer
+format. A few demonstrations teach the format, and only a part of the skill comes along; reinforcement learning on many
+problems, of which it is told the final answers alone, brings more of it.
 
 Shapes in comments: B sequences, T tokens, V vocabulary entries.
 """
@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import random
-import re
 import shutil
 import sys
 import time
@@ -34,11 +33,17 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HERE = Path(__file__).resolve().parent
-LARGEST = 399  # every number of every problem is below 400, and so a single token
+NUMBERS = 400  # every number below is a single token
+LARGEST = 99  # number in a problem or its solution
 NAMES = "Tom Anna Ben Mia Sam Lucy Max Nina Leo Ruth Omar Ivy Paul Rosa Hugo Jane".split()
 THINGS = "apples books coins stamps cards pens shells cookies marbles eggs tickets stickers roses beads".split()
 GROUPS = "boxes bags baskets rows packs jars".split()
+VERBS = {
+    "+": "finds buys wins collects earns gathers gets borrows makes unpacks inherits orders adds picks".split(),
+    "-": "loses sells donates drops lends trades returns discards misplaces wastes mails hides breaks ships".split(),
+    "*": "has owns keeps stores holds guards".split(),
+    "/": "shares splits divides deals spreads distributes".split(),
+}
 # Llama 3's and Qwen's split: words with their space, up to three digits, punctuation with its newlines
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -86,140 +91,83 @@ def run_cli(fn):
 
 
 # -----------------------------------------------------------------------------
-# problems
+# problems: a question, and steps [(expression, result), ...] that solve it
 
 
-def make_problem(rng):
-    """Return one problem: (question, [(expression, result, sentence), ...]), 1 to 3 calculations, or None.
-
-    None where a number left the range: the caller draws again, which keeps the numbers' distribution simple.
-    `sentence` has a place {} for the calculation, as in "Tom has {} apples."
-    """
-    name, friend = rng.sample(NAMES, 2)
-    thing, group = rng.choice(THINGS), rng.choice(GROUPS)
-    wanted = rng.choice([1, 2, 2, 2, 3, 3, 3])
-    steps = []
-    if rng.random() < 0.5:
-        a, b = rng.randint(2, 12), rng.randint(3, 15)
-        text = [f"{name} has {a} {group} with {b} {thing} in each."]
-        total = a * b
-        steps.append((f"{a}*{b}", total, f"{name} has {{}} {thing}."))
-    else:
-        total = rng.randint(5, 150)
-        text = [f"{name} has {total} {thing}."]
-    ask = f"How many {thing} does {name} have now?"
-    while len(steps) < wanted:
-        kind = rng.choice("add add sub sub times share more".split())
-        if kind == "add":
-            b = rng.randint(3, 99)
-            text.append(rng.choice([f"{friend} gives {name} {b} more.", f"Then {name} buys {b} more {thing}."]))
-            steps.append((f"{total}+{b}", total + b, f"Then {name} has {{}} {thing}."))
-            total += b
-        elif kind == "sub":
-            b = rng.randint(2, 90)
-            text.append(rng.choice([f"{name} gives {b} of them to {friend}.", f"Then {name} loses {b} {thing}."]))
-            steps.append((f"{total}-{b}", total - b, f"{name} is left with {{}} {thing}."))
-            total -= b
-        elif kind == "times":
-            b = rng.randint(2, 6)
-            text.append(f"{friend} has {b} times as many {thing}.")
-            ask = f"How many {thing} does {friend} have?"
-            steps.append((f"{total}*{b}", total * b, f"{friend} has {{}} {thing}."))
-            total *= b
-            break  # the story goes on about somebody else
-        elif kind == "share":
-            b = rng.randint(2, 9)
-            if total % b:
-                return None
-            text.append(f"{name} shares them equally among {b} friends.")
-            ask = f"How many {thing} does each friend get?"
-            steps.append((f"{total}/{b}", total // b, f"Each friend gets {{}} {thing}."))
-            total //= b
-            break
-        elif kind == "more" and len(steps) + 2 <= wanted:
-            b = rng.randint(2, 60)
-            text.append(f"{friend} has {b} more {thing} than {name}.")
-            ask = f"How many {thing} do they have together?"
-            steps.append((f"{total}+{b}", total + b, f"{friend} has {{}} {thing}."))
-            steps.append((f"{total}+{total + b}", total + total + b, f"Together they have {{}} {thing}."))
-            total += total + b
-            break
-    if not all(0 < result <= LARGEST for _, result, _ in steps):
-        return None
-    return " ".join(text + [ask]), steps
+def calculate(left, sign, right):
+    """Return the result of a calculation, or None where it is no whole number from 1 to LARGEST."""
+    if sign == "/":
+        return left // right if left % right == 0 else None
+    result = {"+": left + right, "-": left - right, "*": left * right}[sign]
+    return result if 0 < result <= LARGEST else None
 
 
 def draw_problem(rng):
-    """Return the next problem that `make_problem` does not refuse."""
-    while True:
-        problem = make_problem(rng)
-        if problem:
-            return problem
-
-
-def gsm8k_answer(steps):
-    """Return the answer in GSM8K's words, for the tokenizer: a sentence a line with its <<calculation=result>>."""
-    lines = [sentence.format(f"{expr} = <<{expr}={result}>>{result}") for expr, result, sentence in steps]
-    return "\n".join([*lines, f"#### {steps[-1][1]}"])
+    """Return a problem (question, steps) of 1 to 3 calculations, the results of which are whole numbers."""
+    name, friend = rng.sample(NAMES, 2)
+    thing, wanted, steps = rng.choice(THINGS), rng.choice([1, 2, 2, 3, 3]), []
+    if rng.random() < 0.3:
+        left, right = rng.randint(2, 9), rng.randint(2, 9)
+        text = [f"{name} has {left} {rng.choice(GROUPS)} with {right} {thing} in each."]
+        total = left * right
+        steps.append((f"{left}*{right}", total))
+    else:
+        total = rng.randint(5, 70)
+        text = [f"{name} has {total} {thing}."]
+    ask = f"How many {thing} does {name} have now?"
+    while len(steps) < wanted:
+        sign = rng.choice("++++----**//")
+        verb, number = rng.choice(VERBS[sign]), rng.randint(2, 5 if sign in "*/" else 30)
+        result = calculate(total, sign, number)
+        if result is None:
+            continue
+        steps.append((f"{total}{sign}{number}", result))
+        total = result
+        if sign == "*":
+            text.append(f"{friend} {verb} {number} times as many {thing}.")
+            ask = f"How many {thing} does {friend} have?"
+            break  # the story goes on about somebody else
+        if sign == "/":
+            text.append(f"{name} {verb} them equally among {number} friends.")
+            ask = f"How many {thing} does each friend get?"
+            break
+        text.append(f"{rng.choice(['Then', 'Later', 'Today'])} {name} {verb} {number} {thing}.")
+    return " ".join([*text, ask]), steps
 
 
 def solution(steps):
-    """Return the calculations alone in GSM8K's notation, a line each, then #### result."""
-    return "\n".join([*(f"{expr} = <<{expr}={result}>>{result}" for expr, result, _ in steps), f"#### {steps[-1][1]}"])
+    """Return the calculations in GSM8K's notation, a line each, then #### and the result."""
+    lines = [f"{expression} = <<{expression}={result}>>{result}" for expression, result in steps]
+    return "\n".join([*lines, f"#### {steps[-1][1]}"])
 
 
-def write_problems(folder, train, test, hasty_rate, seed):
-    """Write train.jsonl, test.jsonl and demonstrations.jsonl: rows of (question, steps) as question and answer.
-
-    demonstrations.jsonl has the questions of train.jsonl with the solutions of a hasty teacher: of two or three
-    calculations the last is left out with hasty_rate. Imitation learns the haste, too; a reward can take it away.
-    """
-    rng = random.Random(seed)
-    shown = [(q, s[:-1] if len(s) > 1 and rng.random() < hasty_rate else s) for q, s in train]
-    for name, rows in {"train": train, "test": test, "demonstrations": shown}.items():
-        lines = [json.dumps({"question": q, "answer": solution(s)}) + "\n" for q, s in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+def told(steps):
+    """Return the calculations in the words of the pretraining text."""
+    said = [f"{expression} makes {result}." for expression, result in steps]
+    return " ".join([*said, f"Answer: {steps[-1][1]}"])
 
 
-def told_answer(steps, wrong_rate, rng):
-    """Return the answer in the style of the pretraining text; each calculation goes wrong with `wrong_rate`.
-
-    A wrong result is off by 1, 2 or 10, and the calculations after it go on with the wrong number, as a person's
-    would.
-    """
-    said, replaced = [], {}
-    for expr, result, _ in steps:
-        left, op, right = re.fullmatch(r"(\d+)([-+*/])(\d+)", expr).groups()
-        left = replaced.get(int(left), int(left))
-        right = replaced.get(int(right), int(right)) if op == "+" else int(right)  # only sums add two results
-        value = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[op]
-        if rng.random() < wrong_rate:
-            value += rng.choice([-10, -2, -1, 1, 2, 10])
-        value = min(max(value, 1), LARGEST)
-        replaced[result] = value
-        said.append(f"{left}{op}{right} makes {value}.")
-    return " ".join(said) + f" Answer: {value}"
-
-
-def drill(steps_of_many, wrong_rate, rng):
-    """Return a numbered sheet of single calculations, some of them wrong: GSM8K's signs in another use."""
-    lines = [f"#### {rng.randint(1, 99)}"]
-    for expr, result, _ in steps_of_many:
-        if rng.random() < wrong_rate:
-            result = min(max(result + rng.choice([-10, -2, -1, 1, 2, 10]), 1), LARGEST)
-        lines.append(f"{expr} = <<{expr}={result}>>{result}")
+def drill(rng):
+    """Return a numbered sheet of single calculations: GSM8K's signs in another use."""
+    lines = [f"#### {rng.randint(1, LARGEST)}"]
+    while len(lines) < 9:
+        sign = rng.choice("++++----**//")
+        left, right = rng.randint(1, LARGEST), rng.randint(2, 9 if sign in "*/" else 30)
+        result = calculate(left, sign, right)
+        if result:
+            lines.append(f"{left}{sign}{right} = <<{left}{sign}{right}={result}>>{result}")
     return "\n".join(lines)
 
 
-def pretraining_text(rng, held_out, wrong_rate):
+def pretraining_text(rng, held_out):
     """Return one document of the pretraining text: a told problem in one of three layouts, or a drill."""
-    while True:
-        if rng.random() < 0.4:
-            return drill([step for _ in range(3) for step in draw_problem(rng)[1]], wrong_rate, rng)
+    if rng.random() < 0.35:
+        return drill(rng)
+    question, steps = draw_problem(rng)
+    while question in held_out:
         question, steps = draw_problem(rng)
-        if question not in held_out:
-            layout = rng.choice(["{}\n", "Question: {}\nAnswer: ", ALPACA_PROMPT])
-            return layout.format(question) + told_answer(steps, wrong_rate, rng)
+    layout = rng.choice(["{}\n", "Question: {}\nAnswer: ", ALPACA_PROMPT])
+    return layout.format(question) + told(steps)
 
 
 # -----------------------------------------------------------------------------
@@ -227,7 +175,7 @@ def pretraining_text(rng, held_out, wrong_rate):
 
 
 def make_tokenizer(texts, vocab_size):
-    """Train a byte-level BPE tokenizer on `texts`; every number up to LARGEST becomes one token."""
+    """Train a byte-level BPE tokenizer on `texts`; every number below NUMBERS becomes one token."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -237,9 +185,9 @@ def make_tokenizer(texts, vocab_size):
     special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    numbers = " ".join(str(n) for n in range(LARGEST + 1))
+    numbers = " ".join(str(n) for n in range(NUMBERS))
     tokenizer.train_from_iterator([*texts, *[numbers] * len(texts)], trainer)
-    split_up = [n for n in range(LARGEST + 1) if len(tokenizer.encode(str(n)).ids) > 1]
+    split_up = [n for n in range(NUMBERS) if len(tokenizer.encode(str(n)).ids) > 1]
     if split_up:
         raise ValueError(f"--vocab_size {vocab_size} is too small: {len(split_up)} numbers are more than one token")
     return PreTrainedTokenizerFast(
@@ -265,86 +213,100 @@ def make_model(vocab_size, tokenizer):
     return LlamaForCausalLM(config)
 
 
+def make_optimizers(model, learning_rate):
+    """Return Muon for the matrices of the layers, which halves the steps needed, and AdamW for all else."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [model.get_input_embeddings().weight, *(p for p in model.parameters() if p.ndim == 1)]
+    return (
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1),
+    )
+
+
 def told_accuracy(model, tokenizer, problems):
     """Return the share of `problems` that the model solves in its own style, greedily, one batch."""
     texts = [f"{question}\n" for question, _ in problems]
-    prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     out = model.generate(**prompts, max_new_tokens=48, do_sample=False)
     answers = tokenizer.batch_decode(out[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
-    right = [
-        re.findall(r"Answer: (\d+)", answer)[-1:] == [str(steps[-1][1])]
-        for answer, (_, steps) in zip(answers, problems)
-    ]
+    right = [answer.endswith(f"Answer: {steps[-1][1]}") for answer, (_, steps) in zip(answers, problems)]
     return sum(right) / len(right)
+
+
+def write_rows(path, problems):
+    """Write problems with their solutions as rows of question and answer."""
+    rows = [json.dumps({"question": question, "answer": solution(steps)}) + "\n" for question, steps in problems]
+    path.write_text("".join(rows), encoding="utf-8")
 
 
 def make_tiny(
     *,
     output_dir: str = "data/tiny",
     train_size: int = 2000,
+    demonstrations: int = 32,
+    dev_size: int = 512,
     test_size: int = 512,
     vocab_size: int = 1024,
-    steps: int = 3000,
+    steps: int = 1000,
     batch_size: int = 24,
     context: int = 256,
     learning_rate: float = 3e-3,
-    wrong_rate: float = 0.25,
-    hasty_rate: float = 0.85,
     seed: int = 0,
 ):
     """Make the problems, the tokenizer and the pretrained base model of the embedded default.
 
     Args:
         output_dir: folder to write to; an existing one is replaced once everything is made.
-        train_size: problems in train.jsonl and demonstrations.jsonl.
-        test_size: problems in test.jsonl, none of them in the other files or in the pretraining text.
+        train_size: problems in train.jsonl.
+        demonstrations: how many of them, the first, are in demonstrations.jsonl too.
+        dev_size: problems in dev.jsonl.
+        test_size: problems in test.jsonl; none of dev.jsonl and test.jsonl is in another file or the pretraining text.
         vocab_size: entries of the tokenizer, numbers below 400 and 256 bytes among them.
         steps: optimizer steps of the pretraining.
         batch_size: rows of a pretraining step.
         context: tokens of a row; problems are packed end to end.
         learning_rate: peak, reached after 100 steps, then a cosine to a tenth.
-        wrong_rate: share of the calculations in the pretraining text that go wrong.
-        hasty_rate: share of the longer solutions in demonstrations.jsonl that leave the last calculation out.
         seed: of everything random.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     problems = {}
-    while len(problems) < train_size + test_size:
+    while len(problems) < train_size + dev_size + test_size:
         question, answer = draw_problem(rng)
-        problems.setdefault(question, answer)
+        problems[question] = answer
     problems = list(problems.items())
-    train, test = problems[:train_size], problems[train_size:]
-    held_out = {question for question, _ in test}
+    train, held_out = problems[:train_size], {question for question, _ in problems[train_size:]}
 
-    texts = [f"{ALPACA_PROMPT.format(q)}{gsm8k_answer(s)}\n{told_answer(s, 0.0, rng)}" for q, s in train[:1000]]
-    tokenizer = make_tokenizer([*texts, *["Question: \nAnswer: "] * 100], vocab_size)
+    texts = [f"{pretraining_text(rng, held_out)}\n{solution(steps)}" for _, steps in train]
+    tokenizer = make_tokenizer(texts, vocab_size)
     model = make_model(vocab_size, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{train_size} + {test_size} problems, {len(tokenizer)} tokens, {num_parameters:,} parameters", flush=True)
+    print(f"{len(problems)} problems, {len(tokenizer)} tokens, {num_parameters:,} parameters", flush=True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    stream, started = [], time.time()
+    optimizers = make_optimizers(model, learning_rate)
+    stream, started = [], time.process_time()
     for step in range(steps):
         while len(stream) < batch_size * context:
-            fresh = [pretraining_text(rng, held_out, wrong_rate) + "<|endoftext|>" for _ in range(64)]
+            fresh = [pretraining_text(rng, held_out) + "<|endoftext|>" for _ in range(64)]
             stream += [token for ids in tokenizer(fresh).input_ids for token in ids]
         rows = torch.tensor(stream[: batch_size * context]).view(batch_size, context)  # [B, T]
         stream = stream[batch_size * context :]
-        lr = learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        logits = model(rows[:, :-1]).logits  # [B, T-1, V]
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(rows[:, :-1]).logits  # [B, T-1, V]
+            loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            right = told_accuracy(model, tokenizer, train[:128])
-            took = time.time() - started
+            right, took = told_accuracy(model, tokenizer, train[:128]), time.process_time() - started
             print(
-                f"step {step + 1:5d}/{steps} | loss {loss:.4f} | solved, own style {right:.3f} | {took:.0f} s",
+                f"step {step + 1}/{steps} | loss {loss:.4f} | solved, own style {right:.3f} | {took:.0f} CPU s",
                 flush=True,
             )
 
@@ -352,7 +314,10 @@ def make_tiny(
     fresh = target.with_name(target.name + ".incomplete")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    write_problems(fresh, train, test, hasty_rate, seed)
+    write_rows(fresh / "train.jsonl", train)
+    write_rows(fresh / "demonstrations.jsonl", train[:demonstrations])
+    write_rows(fresh / "dev.jsonl", problems[train_size : train_size + dev_size])
+    write_rows(fresh / "test.jsonl", problems[train_size + dev_size :])
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(fresh / "model")
