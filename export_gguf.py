@@ -288,7 +288,7 @@ def export_gguf(
 ):
     """Write a model as a GGUF file, with a LoRA adapter merged in.
 
-    Without any flag it writes data/tiny/model with out/finetune/adapter, with --pre_tokenizer smaug-bpe.
+    Without any flag it writes data/tiny/model with out/finetune/adapter.
 
     Args:
         base_model: hub id or folder of the model.
@@ -302,7 +302,6 @@ def export_gguf(
     # 1. flags
     if not base_model:
         base_model, lora_weights = "data/tiny/model", lora_weights or "out/finetune/adapter"
-        pre_tokenizer = pre_tokenizer or "smaug-bpe"  # differs in words that start with an apostrophe
     if outtype not in FILE_TYPES:
         raise ValueError(f"--outtype {outtype}: one of {', '.join(FILE_TYPES)}")
     if pre_tokenizer not in ("", *SPLITTERS):

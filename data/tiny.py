@@ -44,8 +44,11 @@ VERBS = {
     "*": "has owns keeps stores holds guards".split(),
     "/": "shares splits divides deals spreads distributes".split(),
 }
-# Llama 3's and Qwen's split: words with their space, up to three digits, punctuation with its newlines
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama 3's split, for which llama.cpp has a rule: words with their space, up to three digits, punctuation with newlines
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 ALPACA_PROMPT = (  # what templates/alpaca.jinja makes of a question
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
