@@ -1199,7 +1199,7 @@ def train_ppo(
     rollout_urls: str = "",
     max_prompt_length: int = 512,
     max_response_length: int = 512,
-    temperature: float = 0.6,
+    temperature: float = 1.0,
     # reward and advantages
     reward: str = "strict",
     adv_estimator: str = "gae",
@@ -1224,7 +1224,7 @@ def train_ppo(
     dtype: str = "auto",
     activation_checkpointing: bool = False,
     # run
-    total_epochs: float = 6.0,
+    total_epochs: float = 3.0,
     total_training_steps: int = 0,
     test_freq: int = 10,
     save_freq: int = 1,
