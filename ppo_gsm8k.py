@@ -1033,17 +1033,16 @@ def validate(rollout, problems, reward_fn, tokenizer, max_response_length):
 def save_actor(actor, folder):
     """Write the actor as PEFT and vLLM load it: an adapter, or a whole model. If it is sharded, every rank must ask."""
     is_main_process = PartialState().is_main_process
-    if actor.adapter:
+    if not actor.adapter:
+        weights = {name: whole(p.data) for name, p in actor.model.named_parameters()}  # what is tied once
+        if is_main_process:
+            actor.model.save_pretrained(folder, state_dict=weights)
+    elif is_main_process:
         actor.model.save_pretrained(
             folder,
             selected_adapters=["default"],
             save_embedding_layers=False,
-            is_main_process=is_main_process,
         )
-        return
-    weights = {name: whole(p.data) for name, p in actor.model.named_parameters()}  # what is tied once
-    if is_main_process:
-        actor.model.save_pretrained(folder, state_dict=weights)
 
 
 def list_checkpoints(out):
