@@ -3,7 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TINY := --base_model data/tiny/model --data_path data/tiny/test.jsonl --score gsm8k_strict
-FEW := --num_epochs 40 --learning_rate 2e-3 --val_set_size 0
 CROSS := tests/test_copies.py tests/test_flags.py tests/test_cli.py tests/test_docs.py tests/test_size.py
 
 .PHONY: help demo test slow check lint format clean
@@ -17,7 +16,7 @@ help:
 	@echo 'make clean   delete caches and unfinished output; out/ and the environments stay'
 
 demo: .venv/installed
-	$(BIN)/python finetune.py $(FEW) --overwrite
+	$(BIN)/python finetune.py --overwrite
 	$(BIN)/python generate.py $(TINY)
 	$(BIN)/python generate.py $(TINY) --lora_weights out/finetune/adapter
 	@printf '\nwrote out/finetune:\n' && ls out/finetune

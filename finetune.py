@@ -572,7 +572,7 @@ def check_numbers(flags, world_size):
 def train(
     *,
     base_model: str = "data/tiny/model",
-    data_path: str = "data/tiny/demonstrations.jsonl",
+    data_path: str = "data/tiny/train.jsonl",
     output_dir: str = "out/finetune",
     prompt_template: str = "",
     # data

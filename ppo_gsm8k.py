@@ -7,7 +7,8 @@ PPO of a causal language model with a critic and a rule-based reward on GSM8K: o
                              checkpoint-N/, val_generations/, tensorboard/
     then     generate.py --base_model BASE --lora_weights OUT/adapter, or export_hf_checkpoint.py
 
-    no GPU   python finetune.py && python ppo_gsm8k.py
+    no GPU   python finetune.py --data_path data/tiny/demonstrations.jsonl --num_epochs 40 --learning_rate 2e-3 \\
+                 --val_set_size 0 --output_dir out/few && python ppo_gsm8k.py
     1 GPU    python ppo_gsm8k.py --base_model Qwen/Qwen2.5-0.5B-Instruct --train_files data/gsm8k/train.parquet \\
                  --val_files data/gsm8k/test.parquet
     8 GPUs   torchrun --standalone --nproc_per_node=8 ppo_gsm8k.py --base_model ...
@@ -1232,8 +1233,8 @@ def train_ppo(
 ):
     """Train a policy with PPO on problems whose answers a function can check.
 
-    Without any flag it goes on from what `python finetune.py` made of the embedded model, in minutes on a laptop's CPU.
-    A run that was stopped goes on when the same command is given again.
+    Without any flag it goes on from out/few, the embedded model fine-tuned on few demonstrations, in minutes on a CPU. A
+    run that was stopped goes on when the same command is given again.
 
     Args:
         base_model: hub id or folder of the model.
@@ -1281,9 +1282,13 @@ def train_ppo(
     reward_fn = load_reward(reward)
     out = Path(output_dir)
     if not base_model:
-        base_model, lora_weights = f"{TINY}/model", lora_weights or "out/finetune/adapter"
+        base_model, lora_weights = f"{TINY}/model", lora_weights or "out/few/adapter"
     if lora_weights and not Path(lora_weights, "adapter_config.json").exists():
-        raise ValueError(f"--lora_weights {lora_weights}: there is no adapter: `python finetune.py` makes one")
+        raise ValueError(
+            f"--lora_weights {lora_weights}: there is no adapter. The default one is made by: python finetune.py "
+            "--data_path data/tiny/demonstrations.jsonl --num_epochs 40 --learning_rate 2e-3 --val_set_size 0 "
+            "--output_dir out/few"
+        )
     if not train_files:
         train_files, val_files = f"{TINY}/train.jsonl", val_files or f"{TINY}/test.jsonl"
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1311,7 +1316,7 @@ def train_ppo(
         start += Path(lora_weights, "adapter_model.safetensors").read_bytes()
     flags |= {"base_model": base_model, "lora_weights": lora_weights, "dtype": dtype}
     flags |= {
-        "actor_lr": actor_lr or default_learning_rate(config) / 20,
+        "actor_lr": actor_lr or default_learning_rate(config) / 7,
         "critic_lr": critic_lr or default_learning_rate(config) / 4,
         "schedule_steps": 0 if lr_scheduler_type == "constant" else total_steps,
         "sha256": hashlib.sha256(start).hexdigest(),

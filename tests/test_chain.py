@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def trained(tmp_path_factory):
     """A folder with the adapters of a short fine-tune (out/finetune) and of a short PPO run that goes on from it."""
     folder = tmp_path_factory.mktemp("chain")
-    finetune.train(output_dir=str(folder / "out/finetune"), num_epochs=24, val_set_size=0)
+    finetune.train(output_dir=str(folder / "out/finetune"), num_epochs=1, val_set_size=0)
     ppo_gsm8k.train_ppo(
         base_model="data/tiny/model",
         lora_weights=str(folder / "out/finetune/adapter"),

@@ -37,6 +37,6 @@ def test_it_runs_from_a_clean_kernel(tmp_path, monkeypatch):
     html = "".join(output.data.get("text/html", "") for output in outputs if output.output_type == "execute_result")
     assert html.count("#fd6") > 10 and html.count("#eee") > 30  # learned tokens, and the prompt's
     text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    assert "32 rows" in text and "examples start at [0, " in text
+    assert "2,000 rows" in text and "examples start at [0, " in text
     assert float(re.search(r"eval_loss ([\d.]+), eval_token_acc", text)[1]) < 1.0
     assert any("image/png" in output.get("data", {}) for output in outputs)

@@ -1707,7 +1707,10 @@ def test_a_reward_file_that_cannot_be_imported_says_why(tmp_path):
 
 def test_without_any_flag_and_without_a_fine_tuned_model_it_says_what_to_do(tmp_path, monkeypatch, no_model):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="out/finetune/adapter: there is no adapter: `python finetune.py` makes one"):
+    with pytest.raises(
+        ValueError,
+        match="out/few/adapter: there is no adapter. The default one is made by: python finetune.py --data_path",
+    ):
         train_ppo()
     assert not list(tmp_path.iterdir())
 
