@@ -62,6 +62,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "data" / "tiny"
+START = (  # what makes the adapter that the embedded default starts from
+    "python finetune.py --data_path data/tiny/demonstrations.jsonl --num_epochs 40 --learning_rate 2e-3 "
+    "--val_set_size 0 --output_dir out/few"
+)
 LOGITS_AT_ONCE = 2**26  # entries of a chunk of logits: 256 MB in float32
 ROWS_AT_ONCE = 256  # sequences that one device decodes at a time
 PATIENCE = 300  # seconds in which a rollout server must answer
@@ -1233,8 +1237,8 @@ def train_ppo(
 ):
     """Train a policy with PPO on problems whose answers a function can check.
 
-    Without any flag it goes on from out/few, the embedded model fine-tuned on few demonstrations, in minutes on a CPU. A
-    run that was stopped goes on when the same command is given again.
+    Without any flag it goes on from out/few, the embedded model after few demonstrations, in minutes on a laptop's CPU.
+    A run that was stopped goes on when the same command is given again.
 
     Args:
         base_model: hub id or folder of the model.
@@ -1284,11 +1288,7 @@ def train_ppo(
     if not base_model:
         base_model, lora_weights = f"{TINY}/model", lora_weights or "out/few/adapter"
     if lora_weights and not Path(lora_weights, "adapter_config.json").exists():
-        raise ValueError(
-            f"--lora_weights {lora_weights}: there is no adapter. The default one is made by: python finetune.py "
-            "--data_path data/tiny/demonstrations.jsonl --num_epochs 40 --learning_rate 2e-3 --val_set_size 0 "
-            "--output_dir out/few"
-        )
+        raise ValueError(f"--lora_weights {lora_weights}: there is no adapter. The default one is made by: {START}")
     if not train_files:
         train_files, val_files = f"{TINY}/train.jsonl", val_files or f"{TINY}/test.jsonl"
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
