@@ -545,7 +545,7 @@ def test_a_run_of_one_or_two_steps_learns(tmp_path, steps):
 
 
 def test_the_best_and_the_last_checkpoint_are_kept_and_the_adapter_is_the_best(tmp_path):
-    flags = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "save_steps": 1, "max_steps": 8}
+    flags = {"learning_rate": 0.02, "lr_scheduler_type": "constant", "save_steps": 1, "max_steps": 8}
     records = run(tmp_path, **flags)
     losses = losses_of(records, "eval_loss")
     best = losses.index(min(losses)) + 1
