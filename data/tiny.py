@@ -217,7 +217,7 @@ def make_model(vocab_size, tokenizer):
 
 
 def make_optimizers(model, learning_rate):
-    """Return Muon for the matrices of the layers, which halves the steps needed, and AdamW for all else."""
+    """Return Muon for the matrices of the layers, and AdamW for all else."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [model.get_input_embeddings().weight, *(p for p in model.parameters() if p.ndim == 1)]
     return (
