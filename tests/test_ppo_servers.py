@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from test_ppo import BASE, STOPS, assert_same_weights, curve, logprobs_of, make_kit, run, tokens_of, weights
+from test_ppo import BASE, STOPS, VOCAB, assert_same_weights, curve, logprobs_of, make_kit, run, tokens_of, weights
 from transformers import AutoModelForCausalLM
 
 import ppo_gsm8k as ppo
@@ -90,10 +90,10 @@ class Server:
             return 404, {"error": f"The model `{body['model']}` does not exist."}
         if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:
             return 400, {"error": f"maximum context length is {self.max_model_len}"}
-        assert set(body["logit_bias"]) == {str(i) for i in range(938, 1024)}
+        assert set(body["logit_bias"]) == {str(i) for i in range(VOCAB, 1024)}
         model = PeftModel.from_pretrained(copy.deepcopy(self.model), self.paths[body["model"]])
         greedy = body["temperature"] == 0
-        role = ppo.Role(model, "default", torch.float32, 1.0 if greedy else body["temperature"], 938)
+        role = ppo.Role(model, "default", torch.float32, 1.0 if greedy else body["temperature"], VOCAB)
         uniforms = None if greedy else np.random.default_rng(body["seed"]).random((1, body["max_tokens"]), np.float32)
         rollout = ppo.LocalRollout(role.eval(), body["stop_token_ids"])
         (pairs,) = rollout.generate([body["prompt"]], body["max_tokens"], uniforms)
@@ -266,11 +266,11 @@ def vllm(kit, tmp_path_factory):
 @pytest.mark.slow
 def test_vllm_answers_as_the_model_itself_before_and_after_an_adapter_changed(kit, vllm, tmp_path):
     flags = {"lora_r": 4, "lora_alpha": 8, "activation_checkpointing": False, "temperature": 0.9}
-    actor = ppo.load_roles(["actor"], kit.base, torch.float32, torch.device("cpu"), str(kit.adapter), flags, 938)[
+    actor = ppo.load_roles(["actor"], kit.base, torch.float32, torch.device("cpu"), str(kit.adapter), flags, VOCAB)[
         "actor"
     ]
     urls = [f"http://127.0.0.1:{port}" for port in vllm[0]]
-    servers = ppo.ServerRollout(actor, STOPS, urls, tmp_path, range(938, 1024))
+    servers = ppo.ServerRollout(actor, STOPS, urls, tmp_path, range(VOCAB, 1024))
     own = ppo.LocalRollout(actor, STOPS)
     tokenizer = ppo.load_config_and_tokenizer(str(kit.base), "")[1]
     problems, _ = ppo.read_problems(str(BASE.parent / "test.jsonl"), tokenizer, 512)
@@ -281,7 +281,7 @@ def test_vllm_answers_as_the_model_itself_before_and_after_an_adapter_changed(ki
         assert tokens_of(found) == tokens_of(expected)
         np.testing.assert_allclose(actor_logprobs(actor, prompts, found, 1.0), logprobs_of(found), rtol=0, atol=1e-4)
         sampled = servers.generate(prompts, 24, np.random.default_rng(step).random((64, 24), np.float32))
-        assert max(max(row) for row in tokens_of(sampled)) < 938
+        assert max(max(row) for row in tokens_of(sampled)) < VOCAB
         np.testing.assert_allclose(
             actor_logprobs(actor, prompts, sampled, 0.9), logprobs_of(sampled), rtol=0, atol=1e-4
         )
