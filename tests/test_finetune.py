@@ -816,7 +816,7 @@ def test_where_no_checkpoint_is_whole_auto_starts_afresh(copy, plain, capsys):
         ({"lora_r": 8}, "'lora_r': 16"),
         ({"prompt_template": "vigogne"}, "'prompt_template': 'alpaca'"),
         ({"dtype": "bfloat16"}, "'dtype': 'float32'"),
-        ({"data_path": str(ROOT / "data" / "tiny" / "test.jsonl")}, "'data_sha256': '"),
+        ({"data_path": str(ROOT / "data" / "tiny" / "dev.jsonl")}, "'data_sha256': '"),
         ({"max_samples": 51}, "'data_sha256': '"),
     ],
     ids=str,
