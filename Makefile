@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/python generate.py $(TINY) --lora_weights out/finetune/adapter
 	@printf '\nwrote out/finetune:\n' && ls out/finetune
 	@printf '\nabove: the scores of the base model and of the fine-tuned one.'
-	@printf ' Next: $(BIN)/python ppo_gsm8k.py, or with your own model and data:\n  $(BIN)/python finetune.py --help\n'
+	@printf ' Next: docs/ppo_gsm8k.md, or with your own model and data:\n  $(BIN)/python finetune.py --help\n'
 
 test: .venv/installed
 	$(BIN)/python -m pytest
