@@ -866,6 +866,7 @@ def train(
         write_json(out / "run.json", run)
         print(json.dumps(metrics))
         print(f"wrote {out}: adapter/ (from {best.name})\nNext: python generate.py --lora_weights {out}/adapter")
+    trainer.accelerator.end_training()  # or a rank may be torn down while its threads run
     return metrics
 
 

@@ -226,6 +226,7 @@ finetune.run_cli(finetune.train)
 """
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, ROOT)
 import finetune
 seen = 0

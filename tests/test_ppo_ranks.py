@@ -249,7 +249,7 @@ def test_ctrl_c_says_how_to_go_on(kit, plain, tmp_path):
 def test_an_error_on_one_rank_ends_all_of_them(kit, tmp_path):
     flags = {"reward": f"{kit.reward}:fails_on_rank_1", "val_files": "", "test_freq": 1}
     output = finish(launch(kit, tmp_path, ranks=2, **flags), code=1)
-    assert "error: the reward function failed on" in output and "RuntimeError: only here" in output
+    assert "error: the reward function failed on" in output and "RuntimeError('only here')" in output
     assert "Could not consume arg: --gama" in finish(launch(kit, tmp_path, ranks=2, gama=1), code=1)
 
 
