@@ -164,7 +164,7 @@ def to_problem(row, tokenizer):
         messages = [{"role": "user", "content": row["question"]}]
         truth = final_number(row["answer"], "strict")
     if truth is None:
-        raise ValueError("the answer does not end in '#### number'")
+        raise ValueError("no ground_truth, or an answer that does not end in '#### number'")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return {
         "prompt": tokenizer(text, add_special_tokens=False).input_ids,
@@ -1291,9 +1291,10 @@ def train_ppo(
         raise ValueError(f"--lora_weights {lora_weights}: there is no adapter. The default one is made by: {START}")
     if not train_files:
         train_files, val_files = f"{TINY}/train.jsonl", val_files or f"{TINY}/test.jsonl"
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bf16 else "float32"
+    warnings.filterwarnings("error", message="Found missing adapter keys")  # an adapter of another base
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|torch.distributed is disabled")
 
     # 2. tokenizer, problems
@@ -1350,7 +1351,6 @@ def train_ppo(
         "counts": {"train": len(train_set), "val": len(val_set), "left_out": left_out + val_left_out},
         "git": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "results": {},
     }
     records, write = open_log(out, first, run) if ranks.is_main_process else ([], lambda record: None)
     ranks.print(f"ppo_gsm8k.py  {base_model} + {lora_weights or 'nothing'} -> {out}, {ranks.num_processes} x {dtype}")
@@ -1362,7 +1362,6 @@ def train_ppo(
 
     def validation(step):
         metrics, rows = validate(rollout, val_set, reward_fn, tokenizer, max_response_length)
-        run["results"][step] = metrics
         ranks.print(f"step {step:05d}/{total_steps:05d} | {metrics}")
         if ranks.is_main_process:
             write_jsonl(out / "val_generations" / f"step-{step:05d}.jsonl", rows)
@@ -1446,7 +1445,7 @@ def train_ppo(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         plot_curves(records, out / "curves.png")
-        write_json(out / "run.json", run | {"status": "finished"})
+        write_json(out / "run.json", run | {"status": "finished", "results": records[-1]})
         ranks.print(f"wrote {target}\nNext: python generate.py --{'lora_weights' if lora_r else 'base_model'} {target}")
     ranks.destroy_process_group()
     return run

@@ -1185,7 +1185,7 @@ def test_the_log_has_a_record_a_step_that_says_what_it_should(plain):
     of_run = json.loads((folder / "run.json").read_text())
     assert of_run["status"] == "finished" and of_run["flags"]["seed"] == 42
     assert of_run["counts"] == {"train": 11, "val": 5, "left_out": 0}
-    assert list(of_run["results"]) == ["0", "2", "3"]
+    assert of_run["results"] == read_log(folder / "log.jsonl")[-1]  # with the last validation
 
 
 def metrics_table(text):
@@ -1713,6 +1713,16 @@ def test_without_any_flag_and_without_a_fine_tuned_model_it_says_what_to_do(tmp_
     ):
         train_ppo()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_whose_tensors_find_no_place_is_refused(kit, tmp_path):
+    shutil.copytree(kit.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name.replace("layers.1.", "layers.9."): p for name, p in tensors.items()}, path)
+    with pytest.raises(ValueError, match="--lora_weights .*Found missing adapter keys.*layers.1"):
+        run(kit, tmp_path / "out", lora_weights=str(tmp_path / "adapter"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_without_an_end_token_or_a_chat_template_is_refused(kit, tmp_path):
