@@ -588,11 +588,10 @@ def decode(actor, prompts, max_tokens, uniforms, stops):
     ids = pad_sequence(ids, batch_first=True, padding_side="left").to(actor.model.device)
     mask = pad_sequence(mask, batch_first=True, padding_side="left").to(actor.model.device)
     for t in range(max_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = actor.hidden(
             ids,
             attention_mask=mask,
-            position_ids=positions[:, -ids.shape[1] :],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         )
@@ -713,8 +712,9 @@ class ServerRollout:
             lora_path=path,
         )
         if status != 200 and "already" not in text:
-            base, lora = self.actor.model.name_or_path, self.actor.model.peft_config["default"]
-            command = serve_command(base, lora.r, str(self.actor.dtype).removeprefix("torch."))
+            model = self.actor.model
+            rank, dtype = model.peft_config["default"].r, str(self.actor.dtype).removeprefix("torch.")
+            command = serve_command(model.name_or_path, rank, dtype)
             raise ValueError(f"--rollout_urls {url}: it takes no adapter: {text:.500}. Start it with\n  {command}")
 
     def sync(self, step):
@@ -743,7 +743,7 @@ class ServerRollout:
             if uniforms is None:
                 body["temperature"] = 0.0
             else:
-                body["seed"] = int(uniforms[i][0] * 2**31)
+                body["seed"] = int(uniforms[i, 0] * 2**31)
             status, text = self.post(url, "/v1/completions", **body)
             if status == 404:  # it was started again, and does not know the adapter
                 self.load(url)
@@ -913,8 +913,8 @@ def update(
     finite = [norm for norm in norms if math.isfinite(norm)]
     if not finite:
         raise ValueError("no mini-batch of this step had a finite gradient: lower the learning rates")
-    metrics = dict(zip(sums, reduce(torch.stack([*sums.values()]), "sum").tolist(), strict=True))
-    return metrics | {"grad_norm": sum(finite) / len(finite), "skipped_updates": steps - len(finite)}
+    sums = dict(zip(sums, reduce(torch.stack([*sums.values()]), "sum").tolist(), strict=True))
+    return sums | {"grad_norm": sum(finite) / len(finite), "skipped_updates": steps - len(finite)}
 
 
 # -----------------------------------------------------------------------------
@@ -1061,7 +1061,10 @@ def save_checkpoint(out, step, tensors, actor, is_main_process):
     if is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     PartialState().wait_for_everyone()
-    distributed_checkpoint.save(tensors, checkpoint_id=partial)
+    try:
+        distributed_checkpoint.save(tensors, checkpoint_id=partial)
+    except distributed_checkpoint.CheckpointException as error:  # it wraps Ctrl-C and a full disk alike
+        raise KeyboardInterrupt(f"in {partial}: {str(error)[-300:]}") from None
     if is_main_process:
         if actor.adapter:
             save_actor(actor, partial / "adapter")
@@ -1303,10 +1306,10 @@ def train_ppo(
         torch.set_num_threads(1)  # a small model gains little from a second thread, and waits for it on a busy machine
     train_set, left_out = read_problems(train_files, tokenizer, max_prompt_length)
     val_set, val_left_out = read_problems(val_files, tokenizer, max_prompt_length) if val_files else ([], 0)
-    longest = max([problem["prompt"] for problem in train_set + val_set], key=len)
-    if len(longest) + max_response_length > config.max_position_embeddings:
+    longest = max(len(problem["prompt"]) for problem in train_set + val_set)
+    if longest + max_response_length > config.max_position_embeddings:
         raise ValueError(
-            f"--max_response_length {max_response_length} after a prompt of {len(longest)} tokens is more than the "
+            f"--max_response_length {max_response_length} after a prompt of {longest} tokens is more than the "
             f"{config.max_position_embeddings} positions of the model: shorten it, or --max_prompt_length"
         )
 
@@ -1333,8 +1336,10 @@ def train_ppo(
     actor = roles["actor"]
     optimizers = {}
     tensors = {}
-    for name in [name for name in ("critic", "actor") if name in roles]:
-        optimizers[name], tensors[name] = make_optimizer(roles[name])
+    losses = {"critic": critic_loss, "actor": actor_loss}
+    for name in losses:
+        if name in roles:
+            optimizers[name], tensors[name] = make_optimizer(roles[name])
     if first > 1:
         distributed_checkpoint.load(tensors, checkpoint_id=out / f"checkpoint-{first - 1}")
     rollout = LocalRollout(actor, stops)
@@ -1406,7 +1411,6 @@ def train_ppo(
             batch |= {"advantages": advantages, "returns": returns}
 
             # 6.4 update
-            losses = {"critic": critic_loss, "actor": actor_loss}
             for name in optimizers:
                 lr = flags[f"{name}_lr"]
                 if lr_scheduler_type == "linear":
@@ -1432,8 +1436,8 @@ def train_ppo(
             )
             if step == total_steps or save_freq and step % save_freq == 0:
                 save_checkpoint(out, step, tensors, actor, ranks.is_main_process)
-    except KeyboardInterrupt:
-        ranks.print("\ninterrupted; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt as error:
+        ranks.print(f"\ninterrupted {error}; the same command goes on from the last checkpoint")
         sys.exit(130)
 
     # 7. the actor, plots, the summary

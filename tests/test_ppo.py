@@ -1459,6 +1459,25 @@ def test_ctrl_c_says_how_to_go_on(kit, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
+def test_what_ends_a_run_within_a_checkpoint_is_said(kit, tmp_path, monkeypatch, capsys, error):
+    saved = torch.save
+    calls = itertools.count(1)
+
+    def fails(*args, **kwargs):
+        if next(calls) > 40:  # in the first checkpoint, which has about 170 tensors
+            raise error
+        return saved(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(SystemExit) as stopped:
+        run(kit, tmp_path, save_freq=1)
+    said = capsys.readouterr().out
+    assert stopped.value.code == 130 and "the same command goes on" in said and "checkpoint-1.incomplete" in said
+    assert type(error).__name__ in said or "No space left" in said
+    assert ppo.list_checkpoints(tmp_path) == []
+
+
 @pytest.fixture
 def no_model(monkeypatch):
     monkeypatch.setattr(ppo, "load_roles", lambda *args: pytest.fail("a model was loaded"))
