@@ -690,6 +690,7 @@ def export(
             "untied": untied,
             "dtype": quantize or written,
             "check": None,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         }
         if check:
             report["check"] = found = self_check(base, adapter, partial, scratch, quantize)
@@ -701,7 +702,6 @@ def export(
                     f"what was written is not base + adapter, and is deleted: the mean KL is {found['kl']:.2e}, above "
                     f"{max_kl:.2e} (without the adapter: {found['effect']}). If rounding is why: --save_dtype float32"
                 )
-        report["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
         write_json(partial / "export.json", report)
         (partial / "README.md").write_text(model_card(base_model, lora_weights, report), encoding="utf-8")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -710,7 +710,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     print(f"wrote {target}. Next:\n  python generate.py --base_model {target} --prompt '...'")
-    print(f"  vllm serve {target}" + " --dtype float32" * (written == "float32"))
+    print(f"  vllm serve {target}" + " --dtype float32" * (report["dtype"] == "float32"))
     return report
 
 

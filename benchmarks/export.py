@@ -4,7 +4,8 @@ Memory and time of an export: export_hf_checkpoint.py beside PEFT's merge_and_un
     reads    nothing: a Llama of 1.3 GB in bfloat16 and a LoRA adapter for it are made in a temporary folder
     writes   nothing: the figures go to the terminal
 
-    no GPU   python benchmarks/export.py
+    no GPU   TMPDIR=/dev/shm python benchmarks/export.py    the files in memory, so that no disk is measured
+    a disk   TMPDIR=. python benchmarks/export.py           with what the file system needs for them
 
 Each side runs in a process of its own. Memory is the peak above what the process has after its imports (Linux), with
 the pages of mapped files. Two bars for the merge with --max_shard_size 200MB: at most 600 MB, and at most 3 times the
@@ -215,7 +216,8 @@ def compare_exports(
     peak = {name: statistics.median(run["peak"] for run in runs) / 1e6 for name, runs in got.items()}
     cpu = {name: statistics.median(run["cpu"] for run in runs) for name, runs in got.items()}
     floor = cpu["cp"] + cpu["products"]
-    print(f"model     {size / 1e9:.2f} GB in bfloat16, rank {rank}, files of {max_shard_size}")
+    where = tempfile.gettempdir()
+    print(f"model     {size / 1e9:.2f} GB in bfloat16, rank {rank}, files of {max_shard_size} in {where}")
     print(f"floor     {floor:.1f} CPU seconds = cp {cpu['cp']:.1f} + products {cpu['products']:.1f}; bars 3 x, 600 MB")
     for name in ("streamed", "check", "peft"):
         print(f"  {name:9s} {cpu[name]:8.1f} CPU seconds {cpu[name] / floor:5.2f} x {peak[name]:8.0f} MB")

@@ -140,3 +140,15 @@ def test_vllm_with_the_merged_model(adapter, answers, tmp_path, capfd):
     command = re.search(r"^ *(vllm serve .*)", capfd.readouterr().out, re.M)[1]
     with vllm(shlex.split(command), tmp_path) as address:
         assert equal(ask(address, str(tmp_path / "merged")), answers()) == 512
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_vllm_with_a_quantized_model(quantize, adapter, answers, tmp_path, capfd):
+    """The first 32 problems: vLLM makes 6 tokens a second of fp8 on a CPU, and of any quantization in float32."""
+    flags = {"lora_weights": adapter, "output_dir": str(tmp_path / "merged"), "save_dtype": "float32"}
+    export_hf_checkpoint.export(base_model=str(BASE), quantize=quantize, **flags)
+    command = re.search(r"^ *(vllm serve .*)", capfd.readouterr().out, re.M)[1]
+    with vllm(shlex.split(command), tmp_path) as address:
+        got = equal(ask(address, str(tmp_path / "merged"), QUESTIONS[:32]), answers()[:32])
+    print(f"{quantize}: {got} of 32 answers are those of float32")
+    assert got >= 26
