@@ -14,6 +14,7 @@ llama.cpp's name for how the tokenizer splits text is found by the rules themsel
 nothing is written. Its own converter refuses too; here the message says what would differ.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -205,7 +206,7 @@ def load_merged(base, lora_weights):
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     # where the two embeddings are tied, a merge into one must not change the other
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head = copy.deepcopy(model.lm_head)
     saved, model = load_peft_weights(lora_weights), PeftModel.from_pretrained(model, lora_weights)
     odd = saved.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     odd -= model.state_dict().keys()  # where embeddings are adapted, peft saves the base's own with the adapter
@@ -250,8 +251,6 @@ def gguf_tensors(model):
                 # there llama.cpp rotates neighbouring pairs, transformers the two halves of a head
                 tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
-    if None in tensors:
-        raise ValueError("gguf has no name for some of the model's tensors")
     if config.rope_parameters["rope_type"] == "llama3":  # llama.cpp divides the frequencies by a tensor of factors
         scaled = model.model.rotary_emb.inv_freq
         exponents = torch.arange(len(scaled)) / len(scaled)
@@ -263,7 +262,10 @@ def write_tensors(writer, tensors, outtype):
     """Write the file: what was added to it, and the tensors; vectors stay in float32."""
     for name, tensor in tensors.items():
         kind = GGMLQuantizationType[outtype.upper() if tensor.ndim > 1 else "F32"]
-        data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        try:
+            data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        except gguf.quants.QuantError:
+            raise ValueError(f"{name} has rows of {tensor.shape[1]}, which --outtype {outtype} cannot store") from None
         if outtype == "f16" and not np.isfinite(data).all():
             raise ValueError(f"{name} has numbers too large for f16: --outtype bf16 or f32")
         writer.add_tensor(name, data, raw_dtype=kind)
@@ -323,7 +325,7 @@ def export_gguf(
         kind = kind or pre_tokenizer or find_pre_tokenizer(tokenizer.backend_tokenizer)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
-        model = load_merged(base, lora_weights)
+        model = load_merged(base, adapter or lora_weights)
     except Exception as error:  # transformers, peft, torch and safetensors have their own kinds
         raise ValueError(f"--base_model {base_model} --lora_weights {lora_weights}: {error!s:.999}") from error
     if adapter and (adapter / "generation_config.json").exists():

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -386,6 +387,24 @@ def test_weights_that_are_missing_or_do_not_fit(made, tmp_path):
     config = json.loads((tmp_path / "large" / "config.json").read_text())
     (tmp_path / "large" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     refused("tensors are missing: .*layers.2", tmp_path / "out", base_model=str(tmp_path / "large"), outtype="f32")
+
+
+def test_rows_that_q8_0_cannot_store(made, tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 80})).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(made("qwen3")).save_pretrained(tmp_path / "base")
+    refused(
+        "blk.0.ffn_down.weight has rows of 80, which --outtype q8_0 cannot store",
+        tmp_path / "out",
+        base_model=str(tmp_path / "base"),
+        outtype="q8_0",
+    )
+
+
+def test_an_adapter_beside_the_script_is_found_from_elsewhere(made, tmp_path, monkeypatch):
+    make_adapter(tmp_path / "script" / "adapter", made("qwen3"), target_modules=["q_proj"])
+    monkeypatch.setattr(script, "HERE", tmp_path / "script")
+    monkeypatch.chdir(tmp_path)
+    export_gguf(base_model=str(made("qwen3")), lora_weights="adapter", output_dir=str(tmp_path))
 
 
 # -----------------------------------------------------------------------------
