@@ -97,9 +97,17 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 
-def find_path(path):
-    """Return `path` as a Path where it exists, seen from here or from this script's folder; otherwise None."""
-    return next((p for p in (Path(path), HERE / path) if path and p.exists()), None)
+def local_path(path):
+    """Return `path` as a Path where it exists, seen from here or from this script's folder; otherwise None.
+
+    What is not there may be the id of a model or data set of the hub (owner/name), or it is an error.
+    """
+    for place in (Path(path), HERE / path):
+        if place.exists():
+            return place
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or Path(path).parent.is_dir():
+        raise ValueError(f"{path}: no such file or folder, and no id of the hub (owner/name)")
+    return None
 
 
 def write_json(path, value):
@@ -111,9 +119,7 @@ def write_json(path, value):
 
 def find_base(base_model):
     """Return the folder or hub id to load --base_model from, once it can be one."""
-    path = find_path(base_model)
-    if path is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
-        raise ValueError(f"--base_model {base_model}: no such folder, and not the name of a hub model (owner/name)")
+    path = local_path(base_model)
     if path and not (path / "config.json").exists():
         what = "an adapter" if (path / "adapter_config.json").exists() else "no model"
         raise ValueError(f"--base_model {base_model}: {what} is in this folder (there is no config.json)")

@@ -368,13 +368,19 @@ def test_full_disk(tiny, tmp_path):
         ({"save_dtype": "int8"}, "one of float32"),
         ({"quantize": "int4"}, "one of fp8"),
         ({"lora_weights": "nowhere"}, "no adapter there"),
-        ({"base_model": "no where"}, "no such folder"),
+        ({"base_model": "no where"}, "no where: no such file or folder"),
         ({"output_dir": str(BASE), "overwrite": True}, "is no earlier export"),
         ({"output_dir": str(ROOT / "README.md"), "overwrite": True}, "is no earlier export"),
     ],
 )
 def test_flags_that_cannot_be(more, match, tiny, tmp_path):
     refused(tmp_path, match, **flags_of(tiny, tmp_path, **more))
+
+
+def test_a_base_mistyped_in_a_folder_that_is_there_is_no_hub_id(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    refused(tmp_path, "mine/merget: no such file or folder", **flags_of(tiny, tmp_path, base_model="mine/merget"))
 
 
 def test_without_an_adapter_yet(tmp_path, monkeypatch):

@@ -599,7 +599,7 @@ def test_a_pickle_is_read_without_running_it(tmp_path, bases):
         ({"target": "gguf"}, "--target gguf: one of llama, executorch"),
         ({"save_dtype": "int8"}, "--save_dtype int8: one of"),
         ({"lora_weights": "nowhere"}, "--lora_weights nowhere: no adapter there"),
-        ({"base_model": "nowhere"}, "--base_model nowhere: no such folder"),
+        ({"base_model": "nowhere"}, "nowhere: no such file or folder"),
         ({"output_dir": str(BASE), "overwrite": True}, "exists and is no earlier export"),
         ({"output_dir": str(ROOT / "docs"), "overwrite": True}, "exists and is no earlier export"),
         ({"output_dir": str(ROOT / "README.md"), "overwrite": True}, "exists and is no earlier export"),
