@@ -31,7 +31,6 @@ from typing import get_type_hints
 import fire
 import torch
 import transformers
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
@@ -136,21 +135,18 @@ def load_config(base):
 
 def load_adapter(model, lora_weights):
     """Return `model` with the adapter of a folder, once every tensor of it has found its place."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    folder = Path(lora_weights)
-    if not (folder / "adapter_config.json").exists() or not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"--lora_weights {lora_weights}: no adapter_config.json and adapter_model.safetensors there")
     warnings.filterwarnings("ignore", message="Found missing adapter keys")  # all of them by name; refused below
     try:
-        model = PeftModel.from_pretrained(model, folder)
+        model = PeftModel.from_pretrained(model, lora_weights)
     except Exception as error:  # peft, torch and safetensors have their own kinds; torch lists every tensor
         raise ValueError(
             f"--lora_weights {lora_weights} is damaged or does not fit this base model: {error!s:.300}"
         ) from error
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        odd = set(file.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    odd -= set(model.state_dict())  # where embeddings are adapted, peft saves the base model's own with the adapter
+    found = load_peft_weights(lora_weights, device="cpu").keys()
+    odd = found ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    odd -= model.state_dict().keys()  # where embeddings are adapted, peft saves the base model's own with the adapter
     if odd:
         raise ValueError(
             f"--lora_weights {lora_weights} does not fit this base model: {len(odd)} tensors have no counterpart, "
@@ -258,17 +254,12 @@ def permute_for_rope(tensor, num_heads):
     return tensor.reshape(num_heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def rotated_heads(name, config):
-    """Return the number of heads in a tensor (of transformers' name) that is to be permuted, else None."""
-    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return rotated.get(name.split(".")[-2])
-
-
 def to_meta(weights, config):
     """Turn {transformers' name: tensor} into {Meta's name: tensor}; what is not permuted shares its memory."""
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     stored = {}
     for name, tensor in weights.items():
-        heads = rotated_heads(name, config)
+        heads = rotated.get(name.split(".")[-2])
         tensor = permute_for_rope(tensor, heads) if heads else tensor.contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save would write all that a view looks at
             tensor = tensor.clone()
@@ -393,8 +384,9 @@ def export_meta(
         base_model = "data/tiny/model"
         trained = Path("out/finetune/adapter")
         lora_weights = lora_weights or (str(trained) if (trained / "adapter_config.json").exists() else "")
-    if lora_weights and not (Path(lora_weights) / "adapter_config.json").exists():
-        raise ValueError(f"--lora_weights {lora_weights}: no adapter there (adapter_config.json)")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if lora_weights and not (Path(lora_weights) / name).exists():
+            raise ValueError(f"--lora_weights {lora_weights}: no adapter there ({name})")
     base = find_base(base_model)
     check_output(output_dir, overwrite)
     quiet_libraries()
@@ -412,10 +404,10 @@ def export_meta(
         print(f"  merged      in float32; logits before and after differ by {difference:.1e} of the largest")
         if not difference < 1e-4:
             raise ValueError(f"--lora_weights {lora_weights} cannot be merged: logits change by {difference:.1e}")
-    weights, written_as = model.to(dtype).state_dict(), str(dtype).removeprefix("torch.")
+    weights, dtype_name = model.to(dtype).state_dict(), str(dtype).removeprefix("torch.")
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --save_dtype")
+        raise ValueError(f"{len(broken)} tensors are not finite in {dtype_name}, {broken[0]} among them: --save_dtype")
 
     # 3. write beside the target
     target_folder = Path(output_dir)
@@ -426,7 +418,7 @@ def export_meta(
         torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
         write_json(partial / "params.json", params)
         summary = {"base_model": base_model, "lora_weights": lora_weights, "target": target, "difference": difference}
-        summary |= {"dtype": written_as, "tensors": len(weights)}
+        summary |= {"dtype": dtype_name, "tensors": len(weights)}
         summary |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "max_position_embeddings")}
         summary["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
         write_json(partial / "export.json", summary)

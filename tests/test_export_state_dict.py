@@ -516,8 +516,8 @@ BROKEN_ADAPTERS = {
     "zero": "changes nothing",
     "nan": "cannot be merged: logits change by nan",
     "truncated": "damaged or does not fit",
-    "none": "no adapter_config.json and adapter_model.safetensors there",
-    "pickled": "no adapter_config.json and adapter_model.safetensors there",
+    "none": r"no adapter there \(adapter_model.safetensors\)",
+    "pickled": r"no adapter there \(adapter_model.safetensors\)",
     "prefix": "cannot be merged: ",
 }
 
@@ -628,7 +628,6 @@ def test_an_earlier_export_is_replaced_with_overwrite_alone(bases):
     with pytest.raises(ValueError, match="has an earlier export: --overwrite"):
         export_meta(base_model=bases["llama, tied"])
     before = contents("out")
-    assert read("out/state_dict")[0]["output.weight"].data_ptr()
     export_meta(base_model=bases["llama, tied"], overwrite=True)
     assert contents("out").keys() == before.keys() and contents("out") != before
     assert len(list(Path("out").iterdir())) == 1
