@@ -208,7 +208,7 @@ def check_adapter(lora_weights, allow_pickle):
     config = PeftConfig.from_pretrained(lora_weights)
     if config.peft_type != "LORA":
         raise ValueError(f"{flag}: an adapter of type {config.peft_type.value}; only LoRA is merged here")
-    if str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
+    if str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(
             f"{flag}: it was initialised with {config.init_lora_weights}, which changes the base model too. Save it as "
             "a plain LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)), and merge that"
@@ -334,22 +334,22 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
     for filename, names in shards.filename_to_tensors.items():
         shard = {}
         for name in names:
-            parameter, new = parameters[name], plan[name].dtype
+            parameter, new_dtype = parameters[name], plan[name].dtype
             before = value = read_tensor(weights.index[parameter])
             module = next((other for other in adapted if parameter.startswith(f"{other}.")), None)
             layer = base.get_submodule(module) if module else None
             if layer and is_plain(layer):
                 if parameter == f"{module}.weight":
-                    value = merge_rows(layer, value, new)
+                    value = merge_rows(layer, value, new_dtype)
             elif layer:
                 if parameter not in ready:
                     ready |= merge_module(layer, module)
                 value = ready.pop(parameter)
-            shard[name] = value = value.to(new).contiguous()
+            shard[name] = value = value.to(new_dtype).contiguous()
             if module and not changed:
-                changed = not torch.equal(value, before.to(new))
+                changed = not torch.equal(value, before.to(new_dtype))
             if not torch.stack(value.aminmax()).isfinite().all():
-                raise ValueError(f"{name}: NaN, or numbers too large for {new}")
+                raise ValueError(f"{name}: NaN, or numbers too large for {new_dtype}")
         save_file(shard, target / filename, metadata={"format": "pt"})
     if adapted and not changed:
         raise ValueError(f"the adapter changes nothing: its update of {', '.join(adapted[:3])}, ... is zero")
@@ -488,7 +488,7 @@ def model_card(base_model, lora_weights, report):
 library_name: transformers
 ---
 
-# {Path(base_model).name}, with an adapter merged in
+# {Path(base_model).name}
 
 | what | value |
 |---|---|
@@ -664,7 +664,7 @@ def export(
         untied = [pair[0] for pair in ties if any(name.rpartition(".")[0] in adapted for name in pair)]
         dtype = getattr(torch, save_dtype) if save_dtype else None
         main_dtype = dtype or base.config.dtype
-        written = str(main_dtype).removeprefix("torch.")
+        dtype_name = str(main_dtype).removeprefix("torch.")
         folders = {Path(entry["safetensors_file"]).parent for entry in weights.index.values()}
         whole = folders != {source} or bool(lora_weights and config.target_parameters)
 
@@ -675,7 +675,7 @@ def export(
             merge_whole(source, lora_weights, merged, untied, main_dtype, max_shard_size, **options)
         else:
             merge_by_shard(base, weights, adapted, untied, merged, dtype, max_shard_size)
-        settings = portable_config(source, base.config, untied, written)
+        settings = portable_config(source, base.config, untied, dtype_name)
         write_json(merged / "config.json", settings)
         if quantize:
             quantize_model(merged, partial, quantize, max_shard_size)
@@ -694,7 +694,7 @@ def export(
             "flags": flags,
             "merged": adapted,
             "untied": untied,
-            "dtype": quantize or written,
+            "dtype": quantize or dtype_name,
             "check": None,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         }

@@ -51,6 +51,7 @@ KINDS = {
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
     ),
+    "mica": ("llama", {"target_modules": LINEAR, "init_lora_weights": "mica"}),
     "some_layers": ("llama", {"target_modules": ["down_proj"], "layers_to_transform": [1]}),
     "trainable_tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
@@ -408,6 +409,7 @@ def test_base_alone_is_copied(tmp_path):
     old, new = load_file(BASE / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     assert report["check"]["kl"] < 1e-12 and report["merged"] == []
+    assert "merged in" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("change", ["not merged", "merged twice", "one layer less", "rows in another order"])
