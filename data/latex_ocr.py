@@ -226,12 +226,14 @@ def write_latex_ocr(
         test_size: formulas to render for test.jsonl, none of which is in train.jsonl.
         max_length: LaTeX tokens of the longest rendered formula.
         skip_bad_rows: count rows without a readable image or without text and leave them out, instead of an error.
-        overwrite: replace output_dir.
+        overwrite: replace what an earlier run left in --output_dir.
         seed: of the rendered formulas.
     """
     out = Path(output_dir)
     if out.exists() and not overwrite:
         raise ValueError(f"--output_dir {out} exists: --overwrite replaces it")
+    if out.exists() and not (out / "images").exists():
+        raise ValueError(f"--output_dir {out} is there, and not made by this script: name another folder")
     if not data_path and (min(train_size, test_size) < 1 or not 2 <= max_length <= 16):
         raise ValueError("--train_size and --test_size must be at least 1, --max_length 2 to 16")
     partial, counts, dropped = Path(f"{out}.incomplete"), {}, 0

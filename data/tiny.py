@@ -49,7 +49,6 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-
 ALPACA_PROMPT = (  # what templates/alpaca.jinja makes of a question
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
@@ -259,7 +258,7 @@ def make_tiny(
     """Make the problems, the tokenizer and the pretrained base model of the embedded default.
 
     Args:
-        output_dir: folder to write to; an existing one is replaced once everything is made.
+        output_dir: folder to write to; one of an earlier run is replaced once everything is made.
         train_size: problems in train.jsonl.
         demonstrations: how many of them, the first, are in demonstrations.jsonl too.
         dev_size: problems in dev.jsonl.
@@ -271,16 +270,19 @@ def make_tiny(
         learning_rate: peak, reached after 100 steps, then a cosine to a tenth.
         seed: of everything random.
     """
+    target = Path(output_dir)
+    if target.exists() and not (target / "train.jsonl").exists():
+        raise ValueError(f"--output_dir {target} is there, and not made by this script: name another folder")
     rng = random.Random(seed)
     torch.manual_seed(seed)
     problems = {}
     while len(problems) < train_size + dev_size + test_size:
-        question, answer = draw_problem(rng)
-        problems[question] = answer
+        question, calculations = draw_problem(rng)
+        problems[question] = calculations
     problems = list(problems.items())
     train, held_out = problems[:train_size], {question for question, _ in problems[train_size:]}
 
-    texts = [f"{pretraining_text(rng, held_out)}\n{solution(steps)}" for _, steps in train]
+    texts = [f"{pretraining_text(rng, held_out)}\n{solution(calculations)}" for _, calculations in train]
     tokenizer = make_tokenizer(texts, vocab_size)
     model = make_model(vocab_size, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -290,8 +292,9 @@ def make_tiny(
     stream, started = [], time.process_time()
     for step in range(steps):
         while len(stream) < batch_size * context:
-            fresh = [pretraining_text(rng, held_out) + "<|endoftext|>" for _ in range(64)]
-            stream += [token for ids in tokenizer(fresh).input_ids for token in ids]
+            documents = [pretraining_text(rng, held_out) + "<|endoftext|>" for _ in range(64)]
+            for ids in tokenizer(documents).input_ids:
+                stream += ids
         rows = torch.tensor(stream[: batch_size * context]).view(batch_size, context)  # [B, T]
         stream = stream[batch_size * context :]
         with torch.autocast("cpu", torch.bfloat16):
@@ -313,22 +316,21 @@ def make_tiny(
                 flush=True,
             )
 
-    target = Path(output_dir)
-    fresh = target.with_name(target.name + ".incomplete")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write_rows(fresh / "train.jsonl", train)
-    write_rows(fresh / "demonstrations.jsonl", train[:demonstrations])
-    write_rows(fresh / "dev.jsonl", problems[train_size : train_size + dev_size])
-    write_rows(fresh / "test.jsonl", problems[train_size + dev_size :])
+    partial = Path(f"{target}.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_rows(partial / "train.jsonl", train)
+    write_rows(partial / "demonstrations.jsonl", train[:demonstrations])
+    write_rows(partial / "dev.jsonl", problems[train_size : train_size + dev_size])
+    write_rows(partial / "test.jsonl", problems[train_size + dev_size :])
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(fresh / "model")
-    tokenizer.save_pretrained(fresh / "model")
+    model.to(torch.bfloat16).save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
     if (target / "README.md").exists():
-        shutil.copy(target / "README.md", fresh)
+        shutil.copy(target / "README.md", partial)
     shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    partial.rename(target)
     print(f"wrote {target}. Next: python finetune.py --overwrite")
 
 

@@ -250,7 +250,7 @@ def make_tiny_vl(
     """Make the images, the tokenizer and the pretrained base model of the embedded default.
 
     Args:
-        output_dir: folder to write to; an existing one is replaced once everything is made.
+        output_dir: folder to write to; one of an earlier run is replaced once everything is made.
         train_size: formulas in train.parquet.
         test_size: formulas in test.parquet, none of them in train.parquet or in the pretraining.
         pretrain_size: formulas of the pretraining.
@@ -262,6 +262,9 @@ def make_tiny_vl(
         spaced_rate: share of the pretraining that asks for spaces.
         seed: of everything random.
     """
+    target = Path(output_dir)
+    if target.exists() and not (target / "train.parquet").exists():
+        raise ValueError(f"--output_dir {target} is there, and not made by this script: name another folder")
     rng = random.Random(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
@@ -271,11 +274,10 @@ def make_tiny_vl(
     by_length = collections.defaultdict(list)
     for tokens, image in pool:
         by_length[len(tokens)].append((tokens, image))
-    target = Path(output_dir)
-    fresh = target.with_name(target.name + ".incomplete")
-    shutil.rmtree(fresh, ignore_errors=True)
-    (fresh / "model").mkdir(parents=True)
-    processor = make_processor(fresh / "model")
+    partial = Path(f"{target}.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "model").mkdir(parents=True)
+    processor = make_processor(partial / "model")
     tokenizer = make_latex_tokenizer([tokens for tokens, _ in pool], vocab_size)
     model = make_vl_model(tokenizer)
     count = sum(weight.numel() for weight in model.parameters())
@@ -318,21 +320,21 @@ def make_tiny_vl(
             length += 1
             recent.clear()
 
-    model.to(torch.bfloat16).save_pretrained(fresh / "model")
-    tokenizer.save_pretrained(fresh / "model")
+    model.to(torch.bfloat16).save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
     for name, formulas in {"train": train, "test": test}.items():
         images = [{"bytes": png(image), "path": None} for _, image in formulas.values()]
         table = pyarrow.table({"image": images, "text": list(formulas)})
-        parquet.write_table(table, fresh / f"{name}.parquet", compression="zstd")
+        parquet.write_table(table, partial / f"{name}.parquet", compression="zstd")
     model.float()
     held_out = list(test.values())
     for asked, wanted in ((False, False), (True, True), (False, True)):
         share = exact_match(model, processor, tokenizer, held_out, asked, wanted)
         print(f"asked {'with' if asked else 'without'} spaces, answered {'with' if wanted else 'without'}: {share:.3f}")
     if (target / "README.md").exists():
-        shutil.copy(target / "README.md", fresh)
+        shutil.copy(target / "README.md", partial)
     shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    partial.rename(target)
     print(f"wrote {target} in {time.process_time():.0f} s. Next: python finetune_vl.py --overwrite")
 
 

@@ -343,6 +343,14 @@ def test_an_output_folder_is_kept_unless_told_otherwise(tmp_path):
     assert not list(tmp_path.glob("*.incomplete"))
 
 
+def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="theirs is there, and not made by this script: name another folder"):
+        write(tmp_path / "theirs", train_size=1, test_size=1, overwrite=True)
+    assert (tmp_path / "theirs" / "thesis.tex").exists()
+
+
 @pytest.mark.parametrize("flags", [{"train_size": 0}, {"test_size": 0}, {"max_length": 1}, {"max_length": 17}], ids=str)
 def test_sizes_out_of_range_are_refused(tmp_path, flags):
     with pytest.raises(ValueError, match="--train_size and --test_size must be at least 1, --max_length 2 to 16"):

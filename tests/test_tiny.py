@@ -111,6 +111,16 @@ def test_no_held_out_problem_is_in_the_pretraining_text():
             assert question not in script.pretraining_text(random.Random(seed), {question})
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_vl"])
+def test_a_folder_of_something_else_is_never_replaced(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "data")
+    make = getattr(importlib.import_module(name), f"make_{name}")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is there, and not made by this script: name another folder"):
+        make(output_dir=str(tmp_path))
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_the_committed_files_are_what_the_script_makes(tmp_path):
     script.make_tiny(output_dir=str(tmp_path / "tiny"), steps=1, batch_size=1)
     for name in [*(f"{split}.jsonl" for split in SPLITS), "demonstrations.jsonl", "model/tokenizer.json"]:
