@@ -68,7 +68,7 @@ ROLE_NAMES = {
     "human": "user",
     "gpt": "assistant",
 }
-BUILT_IN = ("gsm8k_strict", "gsm8k_flexible", "exact", "chrf", "latex")  # scores
+BUILT_IN_SCORES = ("gsm8k_strict", "gsm8k_flexible", "exact", "chrf", "latex")
 
 # -----------------------------------------------------------------------------
 # shared with the other scripts, word for word: tests/test_copies.py compares them
@@ -528,18 +528,15 @@ def write_predictions(path, records):
 # a page
 
 
-def open_page(stream, title, sampling, sees):
-    """Serve a chat page until Ctrl-C; `stream(messages, images, **sampling)` yields answers as stream_answer does.
-
-    sees: whether the model takes images.
-    """
+def open_page(stream, title, sampling, takes_images):
+    """Serve a chat page until Ctrl-C; `stream(messages, images, **sampling)` yields answers as stream_answer does."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
     def reply(asked, history, *values):
         messages, images = [], []
-        content = [{"text": asked["text"] if sees else asked}]
-        if sees:
+        content = [{"text": asked["text"] if takes_images else asked}]
+        if takes_images:
             content += [{"file": {"path": path}} for path in asked["files"]]
         for turn in [*history, {"role": "user", "content": content}]:
             text = ""
@@ -568,7 +565,7 @@ def open_page(stream, title, sampling, sees):
     gradio.ChatInterface(
         reply,
         title=title,
-        multimodal=sees,
+        multimodal=takes_images,
         # as the model wrote it: Markdown would take "#### 42" for a heading
         chatbot=gradio.Chatbot(render_markdown=False, buttons=["copy", "copy_all"]),  # and none that shares it
         additional_inputs=controls,
@@ -657,8 +654,8 @@ def generate(
         raise ValueError("--score and --max_samples go with --data_path")
     if (input or image) and (data_path or not prompt):
         raise ValueError("--input and --image go with --prompt")
-    if micro_batch_size < 1:
-        raise ValueError(f"--micro_batch_size {micro_batch_size} must be at least 1")
+    if micro_batch_size < 1 or max_samples < 0:
+        raise ValueError(f"--micro_batch_size {micro_batch_size} is below 1, or --max_samples {max_samples} below 0")
     scorer = score
     if ".py:" in score:
         path, _, name = score.rpartition(":")
@@ -666,8 +663,8 @@ def generate(
             scorer = runpy.run_path(path)[name]
         except Exception as error:  # whatever the user's file does
             raise ValueError(f"--score {score} cannot be loaded: {type(error).__name__}: {error}") from error
-    elif score and score not in BUILT_IN:
-        raise ValueError(f"--score {score}: one of {', '.join(BUILT_IN)}, or path.py:function")
+    elif score and score not in BUILT_IN_SCORES:
+        raise ValueError(f"--score {score}: one of {', '.join(BUILT_IN_SCORES)}, or path.py:function")
     if ui and not importlib.util.find_spec("gradio"):
         raise ValueError("--ui needs gradio: pip install gradio, or the exact set of requirements-ui.txt")
     device = str(torch.accelerator.current_accelerator(True) or "cpu")
@@ -702,33 +699,33 @@ def generate(
     print(f"generate.py  {base_model} + {lora_weights or 'no adapter'}    {device}  {dtype}  template {template}")
 
     # 2. the rows of a file: prompts, references, and what is wrong with a row
-    rows, items, order, done, scores = [], [], [], [], []
+    rows, items, requests, answered, scores = [], [], [], [], []
     if data_path:
         rows, folder = load_rows(data_path), (local_path(data_path) or HERE).resolve().parent
     for index, row in enumerate(rows[: max_samples or None]):
-        item, shown = {"index": index}, []
+        item, row_images = {"index": index}, []
         items.append(item)
         try:
             if processor:
-                messages, shown = to_conversation(row, prompt, folder, separator)
+                messages, row_images = to_conversation(row, prompt, folder, separator)
             else:
                 messages = to_messages(row, separator)
             item["messages"] = messages
             if messages[-1]["role"] == "assistant":
                 item["reference"] = messages.pop()["content"]
-            ids = encode_prompt(messages, shown, tokenizer, processor, max_new_tokens, context)
+            ids = encode_prompt(messages, row_images, tokenizer, processor, max_new_tokens, context)
             number = final_number(item.get("reference", ""), "strict")
-            if "reference" not in item and score in BUILT_IN or score.startswith("gsm8k") and number is None:
+            if "reference" not in item and score in BUILT_IN_SCORES or score.startswith("gsm8k") and number is None:
                 raise ValueError(f"--score {score}: the row has nothing to compare with (answer, '#### number')")
-            order.append((ids, shown, item))
+            requests.append((ids, row_images, item))
         except ValueError as error:
             item["error"] = str(error)
             print(f"  left out row {index + 1}: {error}")
-    if data_path and not order:
+    if data_path and not requests:
         raise ValueError(f"{data_path}, row 1: {items[0]['error']}")
     # batches of like length, the longest first: what does not fit into memory fails at once
-    order.sort(key=lambda asked: -len(asked[0]))
-    batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
+    requests.sort(key=lambda request: -len(request[0]))
+    batches = [requests[at : at + micro_batch_size] for at in range(0, len(requests), micro_batch_size)]
     # the log is named by a digest of all that may change an answer, so other answers are in other files
     settings = sampling | {
         "base_model": base_model,
@@ -740,16 +737,16 @@ def generate(
         "versions": [torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(repr([settings, changed_at(base), changed_at(lora_weights or base)]).encode())
-    for ids, shown, _ in order:
-        digest.update(repr([ids, shown]).encode())
+    for ids, row_images, _ in requests:
+        digest.update(repr([ids, row_images]).encode())
     out = Path(output_dir)
     log = out / f"answers-{digest.hexdigest()[:12]}.jsonl"
     if data_path:
         out.mkdir(parents=True, exist_ok=True)
-        done = read_batches(log)
+        answered = read_batches(log)
 
     # 3. model
-    if not data_path or len(done) < len(batches):
+    if not data_path or len(answered) < len(batches):
         quantization = None
         if load_in_8bit or load_in_4bit:
             quantization = transformers.BitsAndBytesConfig(
@@ -774,8 +771,8 @@ def generate(
         model.generation_config = GenerationConfig()  # nothing of the model's own leaks in
         model = attach_adapter(model, lora_weights).eval() if lora_weights else model.eval()
 
-    def see(paths):
-        """Return the model's inputs for images."""
+    def image_inputs(paths):
+        """Return what the model takes of images."""
         if not paths:
             return {}
         return processor(images=[open_image(path) for path in paths], return_tensors="pt").to(device)
@@ -785,7 +782,7 @@ def generate(
         given = sampling | changed
         ids = encode_prompt(messages, images, tokenizer, processor, given["max_new_tokens"], context)
         transformers.set_seed(given["seed"])
-        yield from stream_answer(model, tokenizer, ids, to_generation_config(stops, **given), **see(images))
+        yield from stream_answer(model, tokenizer, ids, to_generation_config(stops, **given), **image_inputs(images))
 
     # 4. one answer, a chat or a page
     if ui:
@@ -802,22 +799,22 @@ def generate(
     # 5. a file
     try:
         with open(log, "a", encoding="utf-8") as file:
-            for n in tqdm(range(len(done), len(batches)), disable=None):
+            for n in tqdm(range(len(answered), len(batches)), disable=None):
                 # each batch has its own draws: the same ones in a run that was stopped and one that was not
                 transformers.set_seed(seed + 100003 * n)
-                prompts, shown, _ = zip(*batches[n], strict=True)
-                pixels = see(sum(shown, []))
+                prompts, row_images, _ = zip(*batches[n], strict=True)
+                pixels = image_inputs(sum(row_images, []))
                 records = []
                 for ids, cut in answer_batch(model, prompts, to_generation_config(stops, **sampling), **pixels):
                     text = tokenizer.decode(ids, skip_special_tokens=True)
                     records.append({"prediction": text, "cut": cut, "tokens": len(ids)})
-                done.append(records)
+                answered.append(records)
                 file.write(json.dumps(records) + "\n")  # a batch is whole, or not there
                 file.flush()
     except KeyboardInterrupt:
         raise SystemExit(f"stopped: what is answered is in {log}, and the same command goes on") from None
-    answers = sum(done, [])
-    for (_, _, item), record in zip(order, answers, strict=True):
+    answers = sum(answered, [])
+    for (_, _, item), record in zip(requests, answers, strict=True):
         item.update(record)
         if score:
             scores.append(score_answer(item, scorer, data_path))
@@ -833,8 +830,8 @@ def generate(
         if isinstance(scores[0][name], int | float):
             mean, error = mean_and_error([one[name] for one in scores])
             summary[name] = {"mean": mean, "standard_error": error}
-            told = score if name == "score" else name
-            print(f"{told} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
+            label = score if name == "score" else name
+            print(f"{label} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
     write_predictions(out / "predictions.jsonl", items)
     write_json(out / "summary.json", summary)
     print(f"{summary['cut']:,} cut at --max_new_tokens {max_new_tokens}, {len(items) - len(answers):,} rows left out")

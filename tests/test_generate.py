@@ -102,8 +102,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def base():
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    return model
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +237,7 @@ def fails(data_source, solution_str, ground_truth, extra_info=None):
 """
 
 
-def test_a_function_of_ones_own_is_called_as_verl_calls_it(tmp_path, capsys):
+def test_a_function_of_ones_own_is_called_as_verl_calls_it(capsys):
     Path("mine.py").write_text(SCORER)
     path = write("rows.jsonl", {"question": "2+3?", "answer": "5"}, {"question": "1+1?", "answer": "#### 2"})
     flags = {"data_path": path, "max_new_tokens": 4}
@@ -325,7 +324,7 @@ def test_special_tokens_inside_an_answer_are_left_out_and_only_an_end_token_ends
 
 
 @pytest.mark.parametrize("kind", ["base", "adapter", "adapter of no task type"])
-def test_the_models_own_generation_config_does_not_leak_in(tmp_path, base, adapter, kind):
+def test_the_models_own_generation_config_does_not_leak_in(tmp_path, adapter, kind):
     leak = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 1.8, "num_beams": 3, "min_p": 0.3}
     leak |= {"no_repeat_ngram_size": 2, "suppress_tokens": [328], "min_new_tokens": 30, "forced_eos_token_id": 4}
     leak |= {"stop_strings": ["1"], "max_length": 8, "eos_token_id": END}
@@ -337,7 +336,7 @@ def test_the_models_own_generation_config_does_not_leak_in(tmp_path, base, adapt
     assert texts(ask(base_model=folder, max_samples=8, **flags)) == texts(ask(max_samples=8, **flags))
 
 
-def test_every_end_token_of_the_checkpoint_stops_an_answer(tmp_path, greedy, capsys):
+def test_every_end_token_of_the_checkpoint_stops_an_answer(tmp_path, greedy):
     period = tokenizer.convert_tokens_to_ids(".")
     folder = make_base(tmp_path / "base", generation={"eos_token_id": [period, 9]})
     rows = ask(base_model=folder)
@@ -477,7 +476,7 @@ def test_a_prompt_and_its_input_are_an_alpaca_row(seen):
     assert seen[1] == prompt_ids([{"role": "user", "content": "Count.\na b"}], "chatml")
 
 
-def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(monkeypatch, tmp_path, capsys):
+def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_path, capsys):
     tool = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}
     good = {"question": "Add 2 and 3.", "answer": "#### 5"}
     rows = [good, {"question": 5}, {"text": "q"}, good, {"question": "word " * 600}, tool, {"question": "q"}, good]
@@ -637,7 +636,7 @@ def test_ctrl_c_says_what_is_there(monkeypatch):
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_then_the_same_command(tmp_path):
+def test_kill_9_at_any_moment_then_the_same_command():
     flags = ["--data_path", str(DATA), "--temperature", "0.8", "--micro_batch_size", "16", "--score", "gsm8k_flexible"]
     command = [sys.executable, str(ROOT / "generate.py"), *flags, "--output_dir"]
     subprocess.run([*command, "whole"], check=True, capture_output=True)
@@ -738,7 +737,7 @@ def test_a_chat_remembers_its_turns(typed, seen, capsys):
     assert answers[2].count("### Instruction:") == 3 and "(cut at --max_new_tokens 6)" in said
 
 
-def test_a_chat_survives_what_goes_wrong_in_it(typed, seen, monkeypatch, capsys):
+def test_a_chat_survives_what_goes_wrong_in_it(typed, seen, capsys):
     typed("word " * 600, "Add 2 and 3.", KeyboardInterrupt())
     messages = generate(chat=True, max_new_tokens=20)
     said = capsys.readouterr().out
@@ -847,7 +846,7 @@ def test_from_the_command_line_an_error_is_its_message_alone(tmp_path, monkeypat
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of tied embeddings
-def test_an_adapter_answers_as_its_merged_model(tmp_path, base, greedy, config):
+def test_an_adapter_answers_as_its_merged_model(tmp_path, greedy, config):
     folder = make_adapter(tmp_path / "adapter", **config)
     rows = ask(lora_weights=folder, max_samples=6)
     merged = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -858,7 +857,7 @@ def test_an_adapter_answers_as_its_merged_model(tmp_path, base, greedy, config):
     assert texts(rows) != texts(greedy[:6])
 
 
-def test_an_adapter_of_finetune_brings_its_template(tmp_path, seen, capsys):
+def test_an_adapter_of_finetune_brings_its_template(seen, capsys):
     import finetune
 
     flags = {"data_path": str(DATA), "max_samples": 16, "val_set_size": 0, "batch_size": 8, "max_steps": 1}
@@ -961,7 +960,8 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         ({"repetition_penalty": 0.0}, "--repetition_penalty above 0"),
         ({"num_beams": 0}, "must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
-        ({"micro_batch_size": 0}, "must be at least 1"),
+        ({"micro_batch_size": 0}, "--micro_batch_size 0 is below 1"),
+        ({"max_samples": -1, "data_path": str(DATA)}, "--max_samples -1 below 0"),
         ({"top_k": 5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"top_p": 0.5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"dtype": "half"}, "--dtype half: one of auto, bfloat16"),
