@@ -92,7 +92,7 @@ def test_llama_cpp_with_the_adapter_merged(adapter, answers, tmp_path):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_llama_cpp_makes_the_prompts_of_every_template(name, adapter, tmp_path):
+def test_llama_cpp_makes_the_prompts_of_every_template(name, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(BASE, chat_template=TEMPLATES[name])
     AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -474,7 +474,7 @@ def test_a_model_with_experts_is_merged_whole_where_they_are_adapted(bases, tmp_
     assert old.keys() == new.keys()  # each expert under its own name again
 
 
-def test_self_check_agrees_with_whole_models(tiny, tmp_path):
+def test_self_check_agrees_with_whole_models(tiny):
     report = json.loads((tiny[1] / "export.json").read_text())
     ids = script.check_prompts(tiny[1], 1024)
     expected, got = logits(with_adapter(BASE, tiny[0]), ids), logits(load(tiny[1]), ids)

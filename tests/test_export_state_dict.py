@@ -278,7 +278,7 @@ def test_an_adapter_of_any_kind_is_merged(tmp_path, bases, kind):
 
 @pytest.mark.parametrize("save_dtype", ["", "bfloat16", "float16", "float32"])
 @torch.no_grad()
-def test_merging_rounds_once(tmp_path, bases, adapter, save_dtype):
+def test_merging_rounds_once(tmp_path, adapter, save_dtype):
     """Merged in float32 by peft itself and cast, from a base in bfloat16: the same bits."""
     base = make_base(tmp_path / "base", "llama", torch.bfloat16)
     export_meta(base_model=base, lora_weights=adapter, save_dtype=save_dtype)
@@ -294,7 +294,7 @@ def test_merging_rounds_once(tmp_path, bases, adapter, save_dtype):
 
 
 @torch.no_grad()
-def test_greedy_answers_of_the_embedded_model_with_an_adapter(tmp_path, capsys):
+def test_greedy_answers_of_the_embedded_model_with_an_adapter(capsys):
     """Without any flag: base -> adapter -> state dict, in the tiny model's own bfloat16."""
     adapter = make_adapter("out/finetune/adapter", BASE, lora_alpha=4)
     shutil.copy(BASE / "tokenizer_config.json", adapter)

@@ -108,7 +108,7 @@ def test_answers_are_those_of_transformers_own_generate(tmp_path, images):
         assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == answer
 
 
-def test_an_image_on_the_command_line_and_in_the_chat(tmp_path, images, monkeypatch, capsys):
+def test_an_image_on_the_command_line_and_in_the_chat(tmp_path, images, monkeypatch):
     _, said, _ = answers(tmp_path, base_model=BASE, max_samples=3)
     assert generate(base_model=BASE, prompt=PROMPT, image=images[1]) == said[1] != said[2]
     lines = iter([PROMPT, "/new", PROMPT, "/exit"])

@@ -741,7 +741,7 @@ def test_the_embedded_dataset_info(hub):
 # what is written
 
 
-def test_where_it_is_written_and_what_comes_next(tmp_path, hub, capsys):
+def test_where_it_is_written_and_what_comes_next(tmp_path, capsys):
     write(tmp_path / "my.rows.jsonl", [QUESTION])
     folder = info(tmp_path, a={"file_name": "my.rows.jsonl", "columns": {"prompt": "question", "response": "answer"}})
     for flags, name in [
