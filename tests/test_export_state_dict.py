@@ -713,8 +713,7 @@ def test_an_export_killed_at_any_step_leaves_a_whole_one_or_none(bases, adapter,
     assert moment > 10 and found >= ({0, 1, "beside"} if there else {None, 1, "beside"})
 
 
-@pytest.mark.parametrize("flags", [("--target", "ggml"), ("--ouput_dir", "x")])
-def test_from_the_command_line_an_error_is_its_message_alone(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["export_state_dict.py", *flags])
-    with pytest.raises(SystemExit, match="--target ggml: one of|2"):
+def test_from_the_command_line_an_error_is_its_message_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export_state_dict.py", "--target", "ggml"])
+    with pytest.raises(SystemExit, match="^error: --target ggml: one of"):
         script.run_cli(export_meta)
