@@ -163,11 +163,11 @@ def base_folder(base_model, allow_pickle):
 
 def load_model(folder, **options):
     """Return the model in a folder, once all of its weights are there."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    auto = AutoModelForImageTextToText if "_vl" in config.model_type else AutoModelForCausalLM
     try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        auto = AutoModelForImageTextToText if "_vl" in config.model_type else AutoModelForCausalLM
         model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
-    except Exception as error:  # transformers, torch and safetensors have their own kinds
+    except Exception as error:  # transformers, huggingface_hub, torch and safetensors have their own kinds
         raise ValueError(
             f"{folder}: the model cannot be loaded: {error!s:.500}. PyTorch's *.bin files, pickles that can run "
             "code, are read with --allow_pickle only"

@@ -685,7 +685,7 @@ def generate(
         if "_vl" in config.model_type:
             processor = AutoImageProcessor.from_pretrained(source)
         template, separator = use_template(tokenizer, prompt_template)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and huggingface_hub have their own kinds
         raise ValueError(f"--base_model {base_model}, --prompt_template {prompt_template}: {error!s:.500}") from error
     if config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a small model gains little from a second thread, and waits for it on a busy machine

@@ -342,6 +342,14 @@ def test_pickle_files_only_when_allowed(tiny, tmp_path):
         assert torch.equal(tensor, load_file(tiny[1] / "model.safetensors")[name])
 
 
+def test_a_configuration_that_cannot_be(tiny, tmp_path):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"hidden_size": 126}
+    (base / "config.json").write_text(json.dumps(config))
+    flags = flags_of(tiny, tmp_path, base_model=str(base))
+    refused(tmp_path, "cannot be loaded: (.*\n)*.*126. is not a multiple", **flags)
+
+
 def test_quantized_base(tiny, tmp_path):
     export(base_model=str(BASE), output_dir=str(tmp_path / "base"), quantize="nf4")
     refused(

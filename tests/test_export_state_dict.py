@@ -476,6 +476,12 @@ def test_what_the_format_cannot_represent_is_refused_by_name(tmp_path, monkeypat
     refused(message, base_model=str(tmp_path / "base"), target=target)
 
 
+def test_a_configuration_that_cannot_be_is_refused(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path / "base")
+    edit(tmp_path / "base" / "config.json", hidden_size=126)
+    refused("cannot be loaded: (.*\n)*.*126. is not a multiple", base_model=str(tmp_path / "base"))
+
+
 def test_a_quantized_base_is_refused(tmp_path):
     CONFIGS["llama"].save_pretrained(tmp_path / "base")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -978,6 +978,14 @@ def test_bad_flags_are_refused_before_the_model_loads(no_model, flags, message):
     assert not list(Path().rglob("*"))
 
 
+def test_a_configuration_that_cannot_be_is_refused(tmp_path):
+    path = Path(make_base(tmp_path / "base")) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 126}))
+    with pytest.raises(ValueError, match=f"(?s)--base_model {path.parent}.*126. is not a multiple") as error:
+        generate(base_model=str(path.parent))
+    assert error.traceback[-1].path == Path(script.__file__)
+
+
 def test_a_prompt_may_fill_the_context_to_the_last_position():
     room = 1024 - len(prompt_ids([{"role": "user", "content": "Add 2 and 3."}]))
     generate(prompt="Add 2 and 3.", max_new_tokens=room)
