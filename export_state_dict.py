@@ -165,8 +165,10 @@ def ffn_params(dim, ffn_size):
     It takes multiple_of * ceil(int(ffn_dim_multiplier * int(8 * dim / 3)) / multiple_of): with multiple_of the size
     itself, any product from 1 to the size gives the size.
     """
-    product = int(2 * (4 * dim) / 3)
-    return {"multiple_of": ffn_size} | ({"ffn_dim_multiplier": ffn_size / product} if product > ffn_size else {})
+    product, entries = int(2 * (4 * dim) / 3), {"multiple_of": ffn_size}
+    if product > ffn_size:
+        entries["ffn_dim_multiplier"] = ffn_size / product
+    return entries
 
 
 def rope_params(rope, target):
@@ -189,8 +191,10 @@ def rope_params(rope, target):
         for name, key in {"factor": "rope_scale_factor", "high_freq_factor": "high_freq_factor"}.items():
             entries[key] = int(rope[name]) if rope[name] == int(rope[name]) else rope[name]
     wrong = [f"{name} {rope[name]} ({value} only)" for name, value in constants.items() if rope[name] != value]
-    hint = " (--target executorch has it)" if target == "llama" and rope["factor"] != 8 else ""
-    return entries, refused + [f"RoPE scaling with {', '.join(wrong)}{hint}"] * bool(wrong)
+    if wrong:
+        hint = " (--target executorch has it)" if target == "llama" and rope["factor"] != 8 else ""
+        refused.append(f"RoPE scaling with {', '.join(wrong)}{hint}")
+    return entries, refused
 
 
 def meta_params(config, target):
@@ -228,12 +232,20 @@ def meta_params(config, target):
         )
     if refused:
         raise ValueError(f"--target {target} cannot represent this base model: " + "; ".join(refused))
-    sizes = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": heads}
-    sizes |= {"n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size}
-    sizes |= ffn_params(config.hidden_size, config.intermediate_size) | {"norm_eps": config.rms_norm_eps}
+    params = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.rms_norm_eps,
+    }
+    params |= ffn_params(config.hidden_size, config.intermediate_size) | entries
     if head_dim * heads != config.hidden_size:
-        sizes["head_dim"] = head_dim
-    return sizes | entries | ({"attention_qkv_bias": True} if qwen2 else {})
+        params["head_dim"] = head_dim
+    if qwen2:
+        params["attention_qkv_bias"] = True
+    return params
 
 
 def meta_name(name):
@@ -415,10 +427,18 @@ def export_meta(
         partial.mkdir(parents=True)
         torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
         write_json(partial / "params.json", params)
-        summary = {"base_model": base_model, "lora_weights": lora_weights, "target": target, "difference": difference}
-        summary |= {"dtype": dtype_name, "tensors": len(weights)}
-        summary |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "max_position_embeddings")}
-        summary["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+        summary = {
+            "base_model": base_model,
+            "lora_weights": lora_weights,
+            "target": target,
+            "difference": difference,
+            "dtype": dtype_name,
+            "tensors": len(weights),
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "max_position_embeddings": config.max_position_embeddings,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        }
         write_json(partial / "export.json", summary)
         files = copy_tokenizer_parts(base, lora_weights, partial)
         replace_folder(partial, target_folder)

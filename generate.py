@@ -327,7 +327,7 @@ def mean_and_error(values):
 def find_model(base_model, lora_weights):
     """Return (base_model, lora_weights), filled in where they were not given.
 
-    An adapter names its base. No flag at all means the adapter of the last stage that was run with its defaults, PPO's
+    An adapter names its base. Neither of them means the adapter of the last stage that was run with its defaults, PPO's
     or else the fine-tuned one, or else the embedded base.
     """
     if not base_model and not lora_weights:
