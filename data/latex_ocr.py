@@ -118,7 +118,9 @@ def compact(tokens):
     r"""Return LaTeX without spaces but for the one that keeps a command off a letter: \pi x, x^{2}."""
     text = ""
     for before, token in zip(["", *tokens], tokens):
-        text += " " + token if before[:1] == "\\" and token.isalpha() else token
+        if before[:1] == "\\" and token.isalpha():
+            text += " "
+        text += token
     return text
 
 
@@ -180,8 +182,8 @@ def rendered(train_size, test_size, max_length, seed):
     test = draw_images(rng, test_size, max_length)
     train = draw_images(rng, train_size, max_length, exclude=test)
     for name, found in (("train", train), ("test", test)):
-        for i, (text, (_, image)) in enumerate(found.items()):
-            yield name, i + 1, png(image), text
+        for number, (text, (_, image)) in enumerate(found.items(), 1):
+            yield name, number, png(image), text
 
 
 def loaded(data_path, subset):
@@ -197,9 +199,9 @@ def loaded(data_path, subset):
     for name, split in splits.items():
         if not {"image", "text"} <= set(split.column_names):
             raise ValueError(f"--data_path {data_path}: columns {split.column_names}, image and text are needed")
-        for i, row in enumerate(split.cast_column("image", datasets.Image(decode=False))):
+        for number, row in enumerate(split.cast_column("image", datasets.Image(decode=False)), 1):
             image, text = row["image"] or {}, row["text"] or ""
-            yield name, i + 1, image.get("bytes"), text.strip()
+            yield name, number, image.get("bytes"), text.strip()
 
 
 def write_latex_ocr(

@@ -302,11 +302,10 @@ def make_tiny(
             loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    learning_rate * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-                )
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == steps:
