@@ -31,6 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported, it asks for an optional package
+
 import fire
 import torch
 import torch.nn.functional as F
@@ -56,8 +58,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
     "chat_template.*",
 )
 # what Ollama converts itself
@@ -421,7 +421,7 @@ def portable_config(folder, settings, untied, dtype):
     rope = getattr(settings.get_text_config(), "rope_parameters", None) or {}
     if "rope_theta" in rope:  # not the kind that differs from layer to layer
         text["rope_parameters"], text["rope_theta"] = rope, rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
+        if rope["rope_type"] != "default":
             text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     for level in (config, text):
         level["dtype"] = level["torch_dtype"] = dtype
@@ -710,7 +710,7 @@ def export(
                 )
         write_json(partial / "export.json", report)
         (partial / "README.md").write_text(model_card(base_model, lora_weights, report), encoding="utf-8")
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch)
         replace_folder(partial, target)
     except BaseException:  # an interrupt, too
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,6 +19,7 @@ merge with export_hf_checkpoint.py first, and export the result.
 
 import functools
 import json
+import logging
 import re
 import shutil
 import sys
@@ -27,6 +28,8 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when it is imported, it asks for an optional package
 
 import fire
 import torch
