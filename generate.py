@@ -520,7 +520,7 @@ def write_predictions(path, records):
     """Write records as JSON lines beside `path` and rename the file, so that `path` is never half written."""
     partial = Path(f"{path}.incomplete")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    partial.write_text("".join(lines), encoding="utf-8")
+    partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # half a character: JSON's \ud83d
     partial.replace(path)
 
 

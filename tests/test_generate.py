@@ -499,6 +499,14 @@ def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_
     assert generate(data_path=path, score="gsm8k_flexible", max_new_tokens=20) == summary and answers() == found
 
 
+def test_half_a_character_in_a_row_loses_no_answers(tmp_path):
+    rows = [{"question": "Add 2 and 3."}, {"question": "\ud83d"}, {"question": "Add 2 and 3.", "answer": "\ud83d"}]
+    generate(data_path=write(tmp_path / "rows.jsonl", *rows), max_new_tokens=4)
+    found = answers()
+    assert ["prediction" in row for row in found] == [True, False, True] and "cannot render" in found[1]["error"]
+    assert found[1]["messages"][0]["content"] == found[2]["reference"] == "\ud83d"
+
+
 # -----------------------------------------------------------------------------
 # a file that is stopped
 
