@@ -139,7 +139,7 @@ def load_rows(source):
         elif path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+                rows.extend(csv.DictReader(file, strict=True))  # not strict, a stray quote swallows rows
         elif path.suffix == ".json":
             rows = json.loads(path.read_text("utf-8-sig"))
         elif path.suffix == ".jsonl":
@@ -164,9 +164,9 @@ def to_messages(row, separator="\n"):
         if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
-        if turns is None:
+        if not turns:
             ask, answer = ("instruction", "output") if "instruction" in row else ("question", "answer")
-            question = separator.join(part for part in (row[ask], row.get("input")) if part)
+            question = separator.join(part for part in ("" + row[ask], row.get("input")) if part)
             turns = [{"role": "user", "content": question}]
             if row.get(answer) is not None:
                 turns.append({"role": "assistant", "content": row[answer]})
@@ -174,6 +174,8 @@ def to_messages(row, separator="\n"):
             turns = [{"role": "system", "content": row["system"]}, *turns]
         messages = []
         for turn in turns:
+            if turn.get("tool_calls"):
+                raise LookupError
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
@@ -243,7 +245,7 @@ def to_conversation(row, prompt, folder, separator="\n"):
         known = image if isinstance(image, dict) else {"path": image}
         images.append(known.get("bytes") or str(folder / known["path"]))
     if row.get("text"):
-        row = {"question": f"<image>{prompt}", "answer": row["text"]}
+        row = {"question": f"<image>{prompt}", "answer": row["text"]} | row  # which may have messages besides
     messages = to_messages(row | {"images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
     if marks != ["<image>"] * len(images):
@@ -254,12 +256,12 @@ def to_conversation(row, prompt, folder, separator="\n"):
 def with_image_tokens(messages, images, processor):
     """Return messages in which each <image> is what Qwen's chat templates write for one, with all of its tokens.
 
-    images are PIL images, processor transformers' Qwen2VLImageProcessor: a token for each merge_size^2 patches.
+    images is an iterator of PIL images, processor transformers' Qwen2VLImageProcessor: a token for each
+    merge_size^2 patches.
     """
-    left = iter(images)
 
     def tokens(mark):
-        image = next(left)
+        image = next(images)
         pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
         return f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>"
 

@@ -106,11 +106,11 @@ def parse_file(path):
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".csv":
             csv.field_size_limit(1_000_000_000)  # the default is 131,072 characters
-            return list(csv.DictReader(io.StringIO(text, newline="")))
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         if path.suffix == ".jsonl":  # splitlines() would also cut at U+2028 inside a text
             return [parse_line(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
         return json.loads(text)
-    except (OSError, ValueError) as error:  # pyarrow's and json's are among them
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's and json's are among them
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
 
 

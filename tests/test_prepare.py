@@ -183,6 +183,7 @@ def test_hidden_folders_are_no_data(tmp_path):
         ),
         ("a.json", '{"a": 1}\n{"a": 2}\n', "a.json cannot be read as .json: Extra data: line 2 column 1"),
         ("a.jsonl", '{"question": "é"}'.encode("latin-1"), "a.jsonl cannot be read as .jsonl: 'utf-8' codec"),
+        ("a.csv", 'question,answer\nq,"a\nq,a\n', "a.csv cannot be read as .csv: unexpected end of data"),
         ("a.csv", "question\né".encode("utf-16"), "a.csv cannot be read as .csv: 'utf-8' codec"),
         ("a.parquet", b"PAR1 and then nothing of the kind", "a.parquet cannot be read as .parquet: "),
         ("a.txt", "text", "a.txt is no data file (.json, .jsonl, .csv, .parquet), no folder of them, and no hub id"),
