@@ -681,7 +681,7 @@ def train(
         max_steps: stop after so many optimizer steps; 0 for --num_epochs.
         learning_rate: peak, reached after the warmup; 0 for one that fits the model's family and hidden size.
         lr_scheduler_type: transformers' name of the schedule: cosine, linear, constant_with_warmup, ...
-        warmup_ratio: share of the steps in which the learning rate rises.
+        warmup_ratio: share of the steps in which the learning rate rises; from 1 on, their number.
         weight_decay: of AdamW, decoupled.
         max_grad_norm: the gradient's norm is clipped to this; 0 for no clipping.
         lora_r: rank of the adapter matrices.
