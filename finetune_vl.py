@@ -133,10 +133,10 @@ def write_json(path, value):
 def load_rows(source):
     """Return the rows of a json, jsonl, csv or parquet file, or of the train split of a hub data set."""
     path, rows = local_path(source), []
-    if path is None:
-        return datasets.load_dataset(source, split="train").to_list()
     try:
-        if path.suffix == ".parquet":
+        if path is None:
+            rows = datasets.load_dataset(source, split="train").to_list()
+        elif path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
@@ -150,7 +150,7 @@ def load_rows(source):
                     rows.append(json.loads(line))
         else:
             raise ValueError("neither json, jsonl, csv nor parquet: python data/prepare.py reads folders and more")
-    except (ValueError, OSError, csv.Error) as error:
+    except Exception as error:  # of pyarrow, csv, json, and dozens of the hub client
         raise ValueError(f"{source}, row {len(rows) + 1}: cannot be read: {error}") from None
     if not rows or not isinstance(rows, list):
         raise ValueError(f"{source}: no rows in it")
@@ -176,7 +176,7 @@ def to_messages(row, separator="\n"):
             turns = [{"role": "system", "content": row["system"]}, *turns]
         messages = []
         for turn in turns:
-            if turn.get("tool_calls"):
+            if turn.get("tool_calls") or turn.get("function_call"):
                 raise LookupError
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
