@@ -157,7 +157,8 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
+        # None is where csv puts cells beyond the header's
+        if any(row.get(name) for name in ("history", "tools", "image", "images", "videos", None)):
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if not turns:
@@ -484,7 +485,7 @@ class LoraTrainer(Trainer):
             with self.compute_loss_context_manager():
                 nll, right = self.sums(model(**inputs).logits[0], targets)
             sums += float(nll), int(right), len(targets)
-        nll, right, tokens = sum(gather_object([sums])).tolist()
+        nll, right, tokens = sum(gather_object([sums]))
         metrics = {"eval_loss": nll / tokens, "eval_token_acc": right / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -636,7 +637,7 @@ def train(
         num_epochs: passes over the training rows.
         max_steps: stop after so many optimizer steps; 0 for --num_epochs.
         learning_rate: peak, reached after the warmup; 0 for one that fits the model's family and hidden size.
-        lr_scheduler_type: transformers' name of the schedule: cosine, linear, constant_with_warmup, ...
+        lr_scheduler_type: transformers' name of a schedule without settings of its own: cosine, linear, constant, ...
         warmup_ratio: share of the steps in which the learning rate rises; from 1 on, their number.
         weight_decay: of AdamW, decoupled.
         max_grad_norm: the gradient's norm is clipped to this; 0 for no clipping.

@@ -163,7 +163,8 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
+        # None is where csv puts cells beyond the header's
+        if any(row.get(name) for name in ("history", "tools", "image", "images", "videos", None)):
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if not turns:
@@ -216,7 +217,7 @@ def to_conversation(row, prompt, folder, separator="\n"):
         images.append(known.get("bytes") or str(folder / known["path"]))
     if row.get("text"):
         row = {"question": f"<image>{prompt}", "answer": row["text"]} | row  # which may have messages besides
-    messages = to_messages(row | {"images": None}, separator)
+    messages = to_messages(row | {"image": None, "images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
     if marks != ["<image>"] * len(images):
         raise ValueError(f"{marks} in the text, and {len(images)} images: each needs one <image>")
@@ -356,8 +357,7 @@ def see(batch, processor, model):
     height and width, from 0 in each example. model is transformers' Qwen...VLModel, whose get_rope_index knows them.
     """
     files, positions = batch.pop("images"), []
-    opened = [open_image(image) for images in files for image in images]
-    seen = processor(images=opened, return_tensors="pt")
+    seen = processor(images=[open_image(image) for images in files for image in images], return_tensors="pt")
     grids = seen.image_grid_thw.split([len(images) for images in files])
     rows = batch["input_ids"].split(batch["cu_seq_lens_q"].diff().tolist(), dim=1)
     for ids, grid in zip(rows, grids, strict=True):
@@ -530,7 +530,7 @@ class LoraTrainer(Trainer):
             with self.compute_loss_context_manager():
                 nll, right = self.sums(model(**inputs).logits[0], targets)
             sums += float(nll), int(right), len(targets)
-        nll, right, tokens = sum(gather_object([sums])).tolist()
+        nll, right, tokens = sum(gather_object([sums]))
         metrics = {"eval_loss": nll / tokens, "eval_token_acc": right / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -680,7 +680,7 @@ def train(
         num_epochs: passes over the training rows.
         max_steps: stop after so many optimizer steps; 0 for --num_epochs.
         learning_rate: peak, reached after the warmup; 0 for one that fits the model's family and hidden size.
-        lr_scheduler_type: transformers' name of the schedule: cosine, linear, constant_with_warmup, ...
+        lr_scheduler_type: transformers' name of a schedule without settings of its own: cosine, linear, constant, ...
         warmup_ratio: share of the steps in which the learning rate rises; from 1 on, their number.
         weight_decay: of AdamW, decoupled.
         max_grad_norm: the gradient's norm is clipped to this; 0 for no clipping.

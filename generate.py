@@ -161,7 +161,8 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
+        # None is where csv puts cells beyond the header's
+        if any(row.get(name) for name in ("history", "tools", "image", "images", "videos", None)):
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
         if not turns:
@@ -246,7 +247,7 @@ def to_conversation(row, prompt, folder, separator="\n"):
         images.append(known.get("bytes") or str(folder / known["path"]))
     if row.get("text"):
         row = {"question": f"<image>{prompt}", "answer": row["text"]} | row  # which may have messages besides
-    messages = to_messages(row | {"images": None}, separator)
+    messages = to_messages(row | {"image": None, "images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
     if marks != ["<image>"] * len(images):
         raise ValueError(f"{marks} in the text, and {len(images)} images: each needs one <image>")

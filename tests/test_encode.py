@@ -204,6 +204,7 @@ def test_forms(name):
         {"messages": [{"role": "user"}]},
         {"messages": OPENAI, "tools": "[]"},
         {"messages": OPENAI, "images": ["a.png"]},
+        {"messages": OPENAI, "image": "a.png"},
         {"conversations": [{"from": "human", "value": None}]},
         {"conversations": [{"from": "function_call", "value": "f()"}]},
         {"prompt": [{"role": "user", "content": "q"}], "extra_info": {"answer": "a"}},
