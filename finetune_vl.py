@@ -133,15 +133,15 @@ def write_json(path, value):
 def load_rows(source):
     """Return the rows of a json, jsonl, csv or parquet file, or of the train split of a hub data set."""
     path, rows = local_path(source), []
-    if path is None:
-        return datasets.load_dataset(source, split="train").to_list()
     try:
-        if path.suffix == ".parquet":
+        if path is None:
+            rows = datasets.load_dataset(source, split="train").to_list()
+        elif path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+                rows.extend(csv.DictReader(file, strict=True))  # not strict, a stray quote swallows rows
         elif path.suffix == ".json":
             rows = json.loads(path.read_text("utf-8-sig"))
         elif path.suffix == ".jsonl":
@@ -150,7 +150,7 @@ def load_rows(source):
                     rows.append(json.loads(line))
         else:
             raise ValueError("neither json, jsonl, csv nor parquet: python data/prepare.py reads folders and more")
-    except (ValueError, OSError, csv.Error) as error:
+    except Exception as error:  # of pyarrow, csv, json, and dozens of the hub client
         raise ValueError(f"{source}, row {len(rows) + 1}: cannot be read: {error}") from None
     if not rows or not isinstance(rows, list):
         raise ValueError(f"{source}: no rows in it")
@@ -163,12 +163,13 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
+        # None is where csv puts cells beyond the header's
+        if any(row.get(name) for name in ("history", "tools", "image", "images", "videos", None)):
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
-        if turns is None:
+        if not turns:
             ask, answer = ("instruction", "output") if "instruction" in row else ("question", "answer")
-            question = separator.join(part for part in (row[ask], row.get("input")) if part)
+            question = separator.join(part for part in ("" + row[ask], row.get("input")) if part)
             turns = [{"role": "user", "content": question}]
             if row.get(answer) is not None:
                 turns.append({"role": "assistant", "content": row[answer]})
@@ -176,6 +177,8 @@ def to_messages(row, separator="\n"):
             turns = [{"role": "system", "content": row["system"]}, *turns]
         messages = []
         for turn in turns:
+            if turn.get("tool_calls") or turn.get("function_call"):
+                raise LookupError
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
@@ -213,8 +216,8 @@ def to_conversation(row, prompt, folder, separator="\n"):
         known = image if isinstance(image, dict) else {"path": image}
         images.append(known.get("bytes") or str(folder / known["path"]))
     if row.get("text"):
-        row = {"question": f"<image>{prompt}", "answer": row["text"]}
-    messages = to_messages(row | {"images": None}, separator)
+        row = {"question": f"<image>{prompt}", "answer": row["text"]} | row  # which may have messages besides
+    messages = to_messages(row | {"image": None, "images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
     if marks != ["<image>"] * len(images):
         raise ValueError(f"{marks} in the text, and {len(images)} images: each needs one <image>")
@@ -224,12 +227,12 @@ def to_conversation(row, prompt, folder, separator="\n"):
 def with_image_tokens(messages, images, processor):
     """Return messages in which each <image> is what Qwen's chat templates write for one, with all of its tokens.
 
-    images are PIL images, processor transformers' Qwen2VLImageProcessor: a token for each merge_size^2 patches.
+    images is an iterator of PIL images, processor transformers' Qwen2VLImageProcessor: a token for each
+    merge_size^2 patches.
     """
-    left = iter(images)
 
     def tokens(mark):
-        image = next(left)
+        image = next(images)
         pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
         return f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>"
 
@@ -354,8 +357,7 @@ def see(batch, processor, model):
     height and width, from 0 in each example. model is transformers' Qwen...VLModel, whose get_rope_index knows them.
     """
     files, positions = batch.pop("images"), []
-    opened = [open_image(image) for images in files for image in images]
-    seen = processor(images=opened, return_tensors="pt")
+    seen = processor(images=[open_image(image) for images in files for image in images], return_tensors="pt")
     grids = seen.image_grid_thw.split([len(images) for images in files])
     rows = batch["input_ids"].split(batch["cu_seq_lens_q"].diff().tolist(), dim=1)
     for ids, grid in zip(rows, grids, strict=True):
@@ -469,7 +471,7 @@ def pack_model(model, collate, examples):
 def write_validation(out, conversations):
     """Write conversations as OUT/validation.jsonl; images that are no files yet become some in OUT/images."""
     rows = []
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    (out / "images").mkdir(exist_ok=True)
     for conversation in conversations:
         paths = []
         for image in conversation["images"]:
@@ -516,18 +518,19 @@ class LoraTrainer(Trainer):
         Sums are taken over all ranks and divided once, so neither the batch size nor the number of ranks matters
         (Trainer's own averages batch means and counts the examples that fill up the last batch).
         """
-        size, rank, world_size = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        size, batches = self.batches.micro_batch_size, self.batches
         model = self.model_wrapped
         model.eval()
         sums = np.zeros(3)
-        for start in range(0, len(self.eval_dataset), size * world_size):  # ZeRO-3 needs as many forwards of each rank
-            batch = self.eval_dataset[start + rank * size :][:size]
+        # ZeRO-3 needs as many forwards of each rank
+        for start in range(0, len(self.eval_dataset), size * batches.world_size):
+            batch = self.eval_dataset[start + batches.rank * size :][:size]
             inputs = self._prepare_inputs(self.data_collator(batch))
             targets = inputs.pop("labels")[0]
             with self.compute_loss_context_manager():
                 nll, right = self.sums(model(**inputs).logits[0], targets)
             sums += float(nll), int(right), len(targets)
-        nll, right, tokens = sum(gather_object([sums])).tolist()
+        nll, right, tokens = sum(gather_object([sums]))
         metrics = {"eval_loss": nll / tokens, "eval_token_acc": right / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -677,8 +680,8 @@ def train(
         num_epochs: passes over the training rows.
         max_steps: stop after so many optimizer steps; 0 for --num_epochs.
         learning_rate: peak, reached after the warmup; 0 for one that fits the model's family and hidden size.
-        lr_scheduler_type: transformers' name of the schedule: cosine, linear, constant_with_warmup, ...
-        warmup_ratio: share of the steps in which the learning rate rises.
+        lr_scheduler_type: transformers' name of a schedule without settings of its own: cosine, linear, constant, ...
+        warmup_ratio: share of the steps in which the learning rate rises; from 1 on, their number.
         weight_decay: of AdamW, decoupled.
         max_grad_norm: the gradient's norm is clipped to this; 0 for no clipping.
         lora_r: rank of the adapter matrices.
@@ -775,7 +778,6 @@ def train(
         args = TrainingArguments(
             output_dir=output_dir,
             per_device_train_batch_size=micro_batch_size,
-            per_device_eval_batch_size=micro_batch_size,
             gradient_accumulation_steps=batch_size // (micro_batch_size * world_size),
             num_train_epochs=num_epochs,
             max_steps=max_steps or -1,
@@ -891,7 +893,7 @@ def train(
         write_validation(out, conversations)
         write_jsonl(out / "log.jsonl", state.get("log_history", []))
         write_json(out / "run.json", run)
-        writer = SummaryWriter(str(out / "runs"), purge_step=state.get("global_step", 0) + 1)
+        writer = SummaryWriter(out / "runs", purge_step=state.get("global_step", 0) + 1)
         trainer.add_callback(transformers.integrations.TensorBoardCallback(writer))
         print(f"finetune_vl.py  {base_model} -> {out}    {world_size} x {args.device}  {dtype}")
         print(f"  data        {data_path}: {len(train_set):,} examples, {lengths.sum():,} tokens")
@@ -931,6 +933,7 @@ def train(
             f"wrote {out}: adapter/ (from {best.name})\n"
             f"Next: python generate.py --lora_weights {out}/adapter --image FILE --prompt TEXT"
         )
+    trainer.accelerator.end_training()  # or a rank may be torn down while its threads run
     return metrics
 
 

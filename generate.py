@@ -131,15 +131,15 @@ def write_json(path, value):
 def load_rows(source):
     """Return the rows of a json, jsonl, csv or parquet file, or of the train split of a hub data set."""
     path, rows = local_path(source), []
-    if path is None:
-        return datasets.load_dataset(source, split="train").to_list()
     try:
-        if path.suffix == ".parquet":
+        if path is None:
+            rows = datasets.load_dataset(source, split="train").to_list()
+        elif path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+                rows.extend(csv.DictReader(file, strict=True))  # not strict, a stray quote swallows rows
         elif path.suffix == ".json":
             rows = json.loads(path.read_text("utf-8-sig"))
         elif path.suffix == ".jsonl":
@@ -148,7 +148,7 @@ def load_rows(source):
                     rows.append(json.loads(line))
         else:
             raise ValueError("neither json, jsonl, csv nor parquet: python data/prepare.py reads folders and more")
-    except (ValueError, OSError, csv.Error) as error:
+    except Exception as error:  # of pyarrow, csv, json, and dozens of the hub client
         raise ValueError(f"{source}, row {len(rows) + 1}: cannot be read: {error}") from None
     if not rows or not isinstance(rows, list):
         raise ValueError(f"{source}: no rows in it")
@@ -161,12 +161,13 @@ def to_messages(row, separator="\n"):
     separator stands between the instruction and the input of an alpaca row. Without an answer the user comes last.
     """
     try:
-        if any(row.get(name) for name in ("history", "tools", "images", "videos", None)):  # None: cells too many in csv
+        # None is where csv puts cells beyond the header's
+        if any(row.get(name) for name in ("history", "tools", "image", "images", "videos", None)):
             raise LookupError
         turns = row.get("messages", row.get("conversations"))
-        if turns is None:
+        if not turns:
             ask, answer = ("instruction", "output") if "instruction" in row else ("question", "answer")
-            question = separator.join(part for part in (row[ask], row.get("input")) if part)
+            question = separator.join(part for part in ("" + row[ask], row.get("input")) if part)
             turns = [{"role": "user", "content": question}]
             if row.get(answer) is not None:
                 turns.append({"role": "assistant", "content": row[answer]})
@@ -174,6 +175,8 @@ def to_messages(row, separator="\n"):
             turns = [{"role": "system", "content": row["system"]}, *turns]
         messages = []
         for turn in turns:
+            if turn.get("tool_calls") or turn.get("function_call"):
+                raise LookupError
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             messages.append({"role": ROLE_NAMES[role], "content": content + ""})  # an error unless it is text
     except (AttributeError, LookupError, TypeError):
@@ -243,8 +246,8 @@ def to_conversation(row, prompt, folder, separator="\n"):
         known = image if isinstance(image, dict) else {"path": image}
         images.append(known.get("bytes") or str(folder / known["path"]))
     if row.get("text"):
-        row = {"question": f"<image>{prompt}", "answer": row["text"]}
-    messages = to_messages(row | {"images": None}, separator)
+        row = {"question": f"<image>{prompt}", "answer": row["text"]} | row  # which may have messages besides
+    messages = to_messages(row | {"image": None, "images": None}, separator)
     marks = re.findall(r"<image>|<\|image_pad\|>", " ".join(message["content"] for message in messages))
     if marks != ["<image>"] * len(images):
         raise ValueError(f"{marks} in the text, and {len(images)} images: each needs one <image>")
@@ -254,12 +257,12 @@ def to_conversation(row, prompt, folder, separator="\n"):
 def with_image_tokens(messages, images, processor):
     """Return messages in which each <image> is what Qwen's chat templates write for one, with all of its tokens.
 
-    images are PIL images, processor transformers' Qwen2VLImageProcessor: a token for each merge_size^2 patches.
+    images is an iterator of PIL images, processor transformers' Qwen2VLImageProcessor: a token for each
+    merge_size^2 patches.
     """
-    left = iter(images)
 
     def tokens(mark):
-        image = next(left)
+        image = next(images)
         pads = processor.get_number_of_image_patches(image.height, image.width) // processor.merge_size**2
         return f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>"
 

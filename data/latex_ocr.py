@@ -234,8 +234,11 @@ def write_latex_ocr(
     out = Path(output_dir)
     if out.exists() and not overwrite:
         raise ValueError(f"--output_dir {out} exists: --overwrite replaces it")
-    if out.exists() and not (out / "images").exists():
-        raise ValueError(f"--output_dir {out} is there, and not made by this script: name another folder")
+    others = [path.name for path in out.glob("*") if path.suffix != ".jsonl" and path.name != "images"]
+    if others:
+        raise ValueError(
+            f"--output_dir {out}: --overwrite would delete {', '.join(others)}, not written by this script"
+        )
     if not data_path and (min(train_size, test_size) < 1 or not 2 <= max_length <= 16):
         raise ValueError("--train_size and --test_size must be at least 1, --max_length 2 to 16")
     partial, counts, dropped = Path(f"{out}.incomplete"), {}, 0
@@ -249,8 +252,9 @@ def write_latex_ocr(
         try:
             if not text:
                 raise ValueError("no text")
-            suffix = Image.open(io.BytesIO(content or b"")).format.lower()
-        except (ValueError, OSError) as error:
+            image = Image.open(io.BytesIO(content or b""))
+            image.load()  # finetune_vl.py would stop at half a file
+        except Exception as error:  # of PIL
             if not skip_bad_rows:
                 raise ValueError(
                     f"--data_path {data_path}, {name} split, row {number}: {error}. --skip_bad_rows leaves it out"
@@ -258,7 +262,7 @@ def write_latex_ocr(
             dropped += 1
             continue
         counts[name] = counts.get(name, 0) + 1
-        file = f"images/{name}-{number:06d}.{suffix}"
+        file = f"images/{name}-{number:06d}.{image.format.lower()}"
         (partial / file).write_bytes(content)
         messages = [
             {"role": "user", "content": f"<image>{prompt}"},

@@ -106,11 +106,11 @@ def parse_file(path):
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".csv":
             csv.field_size_limit(1_000_000_000)  # the default is 131,072 characters
-            return list(csv.DictReader(io.StringIO(text, newline="")))
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         if path.suffix == ".jsonl":  # splitlines() would also cut at U+2028 inside a text
             return [parse_line(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
-        return json.loads(text)
-    except (OSError, ValueError) as error:  # pyarrow's and json's are among them
+        return json.loads(text) or []
+    except Exception as error:  # of pyarrow, csv and json
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
 
 
@@ -213,7 +213,7 @@ def to_turns(row, entry, separator):
     if "messages" in columns:
         named = {name: tag for tag, name in tags.items()}
         for turn in field(row, columns["messages"], list):
-            if not isinstance(turn, dict) or turn.get("tool_calls"):
+            if not isinstance(turn, dict) or turn.get("tool_calls") or turn.get("function_call"):
                 raise ValueError(f"a message must be an object with a role and a text, not {turn!r:.200}")
             speaker = field(turn, tags.get("role_tag", "from" if "from" in turn else "role"))
             content = field(turn, tags.get("content_tag", "value" if "value" in turn else "content"))

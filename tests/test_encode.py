@@ -116,7 +116,10 @@ def test_values_are_the_texts_that_are_written_there(tmp_path):
         ("a.json", "[]", ": no rows in it"),
         ("a.json", '{"question": "q", "answer": "a"}', ": no rows in it"),
         ("a.csv", "question,answer\n", ": no rows in it"),
+        ("a.csv", 'question,answer\nq,a\nq,"a\nq,a\n', ", row 2: cannot be read: unexpected end of data"),
+        ("a.csv", 'question,answer\nq,a\n"q" or,a\n', ", row 2: cannot be read: ',' expected after"),
         ("a.json", "", ", row 1: cannot be read: Expecting value"),
+        ("a.json", "[" * 100_000, ", row 1: cannot be read: maximum recursion depth"),
         ("a.jsonl", '\n{"a": 1}\n\n{"a": }\n', ", row 2: cannot be read: Expecting value"),
         ("a.jsonl", '{"question": "é"}'.encode("latin-1"), ": cannot be read: 'utf-8' codec"),
         ("a.parquet", "PAR1 and then nothing of the kind", ": cannot be read: "),
@@ -132,6 +135,14 @@ def test_unreadable_files_say_what_is_wrong(tmp_path, name, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     text = said(load_rows, str(path))
     assert text.startswith(str(path)) and message in text
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise RuntimeError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert said(load_rows, "owner/name") == "owner/name, row 1: cannot be read: Couldn't reach it"
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "data/none", "tests/none.jsonl", "./owner/name"])
@@ -178,15 +189,22 @@ def test_forms(name):
         {"instruction": "q", "output": 7},
         {"instruction": "q", "output": ["a"]},
         {"instruction": "q", "input": 1, "output": "a"},
+        {"instruction": None, "output": "a"},  # and no empty prompt
+        {"instruction": None, "input": "q", "output": "a"},
+        {"question": 0, "answer": "a"},
         {"instruction": "q", "output": "a", "history": [["q", "a"]]},
         {"question": "q", "answer": "a", None: ["surplus"]},  # a csv row with too many cells
         {"messages": "q"},
         {"messages": [None]},
+        {"messages": []},
+        {"messages": [OPENAI[0], {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]},
+        {"messages": [OPENAI[1], {"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
         {"messages": [{"role": "bot", "content": "a"}]},
         {"messages": [{"role": ["user"], "content": "q"}]},
         {"messages": [{"role": "user"}]},
         {"messages": OPENAI, "tools": "[]"},
         {"messages": OPENAI, "images": ["a.png"]},
+        {"messages": OPENAI, "image": "a.png"},
         {"conversations": [{"from": "human", "value": None}]},
         {"conversations": [{"from": "function_call", "value": "f()"}]},
         {"prompt": [{"role": "user", "content": "q"}], "extra_info": {"answer": "a"}},

@@ -228,9 +228,14 @@ def test_pack_model_sees_attention_that_forgets_where_examples_start(dtype):
         pack_model(model)
 
 
+def test_softcapping_is_refused_in_half_precision_where_it_changes_logits_little():
+    with pytest.raises(ValueError, match="no softcapping: --micro_batch_size 1"):
+        pack_model(tiny("gemma2").to(torch.bfloat16))
+
+
 def test_an_output_layer_with_an_adapter_is_refused_and_trains_one_by_one(tmp_path):
     flags = {"lora_target_modules": "lm_head"}
-    with pytest.raises(ValueError, match="packed rows need a plain output layer, not .*: --micro_batch_size 1"):
+    with pytest.raises(ValueError, match="packed rows need a plain output layer .*: --micro_batch_size 1"):
         run(tmp_path, **flags)
     losses = losses_of(run(tmp_path, micro_batch_size=1, **flags))
     assert losses[-1] < losses[0]
@@ -827,6 +832,15 @@ def test_other_flags_and_other_data_are_refused_by_name(plain, flags, changed):
         run(plain, resume_from_checkpoint="auto", **flags)
     assert "was another run" in str(error.value)
     assert sorted((path, path.stat().st_mtime_ns) for path in plain.rglob("*")) == before
+
+
+def test_another_text_of_the_template_is_refused(tmp_path, monkeypatch):
+    template = tmp_path / "mine.jinja"
+    template.write_text((ROOT / "templates" / "alpaca.jinja").read_text())
+    killed(monkeypatch, tmp_path / "out", 4, prompt_template=str(template))
+    template.write_text((ROOT / "templates" / "alpaca_short.jinja").read_text())
+    with pytest.raises(ValueError, match="was another run, with {'data_sha256'"):
+        run(tmp_path / "out", resume_from_checkpoint="auto", prompt_template=str(template))
 
 
 FULL = [

@@ -836,6 +836,11 @@ def test_all_forms_of_the_same_data_give_the_same_run(eight, form, tmp_path, mon
         assert losses_of(other)[0] != pytest.approx(losses_of(form)[0], rel=1e-3)
 
 
+def test_a_text_beside_a_conversation_is_not_its_answer(tmp_path):
+    row = asked("<image>What?", "a.png") | {"text": "all of it, rendered"}
+    assert finetune_vl.to_conversation(row, "unused", tmp_path) == (row["messages"], [str(tmp_path / "a.png")])
+
+
 def test_a_data_set_of_the_hub_is_the_same_data(eight, form, tmp_path, monkeypatch):
     folder, texts = eight
     rows = [{"image": content(folder / "images" / f"{k}.png"), "text": text} for k, text in enumerate(texts)]

@@ -222,6 +222,8 @@ BAD = {
     "no image": {"image": None, "text": "x"},
     "broken": {"image": {"bytes": b"no image", "path": None}, "text": "x"},
     "empty": {"image": {"bytes": b"", "path": None}, "text": "x"},
+    "half": {"image": {"bytes": picture(size=(200, 100))["bytes"][:60], "path": None}, "text": "x"},
+    "half a jpeg": {"image": {"bytes": picture("JPEG", (200, 100))["bytes"][:-300], "path": None}, "text": "x"},
 }
 
 
@@ -340,13 +342,17 @@ def test_an_output_folder_is_kept_unless_told_otherwise(tmp_path):
     assert files_of(tmp_path / "out") == before
     splits = write(tmp_path / "out", **flags | {"train_size": 1}, overwrite=True)
     assert len(splits["train"]) == 1 and len(files_of(tmp_path / "out")) == 4
+    (tmp_path / "out" / "adapter").mkdir()
+    with pytest.raises(ValueError, match="out: --overwrite would delete adapter, not written by this script"):
+        write(tmp_path / "out", **flags, overwrite=True)
+    assert (tmp_path / "out" / "adapter").exists()
     assert not list(tmp_path.glob("*.incomplete"))
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="theirs is there, and not made by this script: name another folder"):
+    with pytest.raises(ValueError, match="theirs: --overwrite would delete thesis.tex, not written by this script"):
         write(tmp_path / "theirs", train_size=1, test_size=1, overwrite=True)
     assert (tmp_path / "theirs" / "thesis.tex").exists()
 

@@ -183,6 +183,8 @@ def test_hidden_folders_are_no_data(tmp_path):
         ),
         ("a.json", '{"a": 1}\n{"a": 2}\n', "a.json cannot be read as .json: Extra data: line 2 column 1"),
         ("a.jsonl", '{"question": "é"}'.encode("latin-1"), "a.jsonl cannot be read as .jsonl: 'utf-8' codec"),
+        ("a.json", "null", "a.json: no rows in it"),
+        ("a.csv", 'question,answer\nq,"a\nq,a\n', "a.csv cannot be read as .csv: unexpected end of data"),
         ("a.csv", "question\né".encode("utf-16"), "a.csv cannot be read as .csv: 'utf-8' codec"),
         ("a.parquet", b"PAR1 and then nothing of the kind", "a.parquet cannot be read as .parquet: "),
         ("a.txt", "text", "a.txt is no data file (.json, .jsonl, .csv, .parquet), no folder of them, and no hub id"),
@@ -360,6 +362,8 @@ def test_an_empty_result_is_not_written(tmp_path):
 def test_calls_that_are_no_text_are_not_dropped(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     row = {"messages": [{"role": "user", "content": "q"}, call]}
+    assert "a message must be an object with a role and a text" in said(write(tmp_path / "a.jsonl", [row]))
+    row["messages"][1] = {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}
     assert "a message must be an object with a role and a text" in said(write(tmp_path / "a.jsonl", [row]))
     row["messages"][1] = call | {"tool_calls": None}
     assert load(write(tmp_path / "a.jsonl", [row])) == [talk("q", "")]
