@@ -337,6 +337,8 @@ def copy_tokenizer_parts(base, lora_weights, folder):
 def check_output(output_dir, overwrite):
     """Refuse an --output_dir that is taken, unless it is an earlier export and may go."""
     out = Path(output_dir)
+    if out.is_mount():
+        raise ValueError(f"--output_dir {output_dir} is a mount, which cannot be replaced: name a folder in it")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
     if not (out / "export.json").exists():
@@ -412,7 +414,7 @@ def export_meta(
         raise ValueError(f"{len(broken)} tensors are not finite in {written_as}, {broken[0]} among them: --save_dtype")
 
     # 3. write beside the target
-    target_folder = Path(output_dir)
+    target_folder = Path(output_dir).resolve()  # a link stays one
     partial = Path(f"{target_folder}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
