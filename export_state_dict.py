@@ -405,6 +405,7 @@ def export_meta(
     dtype, difference = getattr(torch, save_dtype) if save_dtype else model.dtype, None
     if lora_weights:
         model, difference = merge_adapter(model.float(), lora_weights)
+        params["n_layers"] = model.config.num_hidden_layers  # an adapter may repeat layers
         print(f"  merged      in float32; logits before and after differ by {difference:.1e} of the largest")
         if not difference < 1e-4:
             raise ValueError(f"--lora_weights {lora_weights} cannot be merged: logits change by {difference:.1e}")
