@@ -256,6 +256,30 @@ def test_a_function_of_ones_own_is_called_as_verl_calls_it(tmp_path, capsys):
         generate(**flags, score="broken.py:f")
 
 
+def test_what_a_function_returns_is_written_and_takes_no_name_that_is_taken(tmp_path):
+    Path("mine.py").write_text(
+        "import numpy as np\n"
+        "def f(**kwargs):\n"
+        "    return {'score': np.float32(0.5), 'close': np.bool_(True), 'tokens': 99, 'rows': 7, 'prediction': 'x'}\n"
+    )
+    path = write("rows.jsonl", {"question": "2+3?", "answer": "5"})
+    plain = generate(data_path=path, max_new_tokens=4)
+    (row,) = answers()
+    summary = generate(data_path=path, max_new_tokens=4, score="mine.py:f")
+    assert answers() == [row | {"score": 0.5, "close": 1.0, "rows": 7}]
+    assert summary == plain | {"score": {"mean": 0.5, "standard_error": None}}
+
+
+def test_half_a_character_in_a_row_costs_no_other_row():
+    half = {"question": "a \ud800 b", "answer": "5"}
+    path = write("rows.jsonl", {"question": "2+3?", "answer": "5"}, half, {"question": "q", "answer": "\ud800"})
+    summary = generate(data_path=path, max_new_tokens=4)
+    first, second, third = answers()
+    assert summary["answered"] == 2 and "cannot render" in second["error"]
+    assert third["reference"] == "\ud800" and second["messages"][0]["content"] == half["question"]
+    assert "prediction" in first and "prediction" in third
+
+
 def test_a_score_function_that_fails_loses_no_answers(no_model):
     Path("mine.py").write_text(SCORER)
     flags = {"data_path": str(DATA), "max_samples": 3, "max_new_tokens": 4}
@@ -480,7 +504,7 @@ def test_a_prompt_and_its_input_are_an_alpaca_row(seen):
 def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(monkeypatch, tmp_path, capsys):
     tool = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}
     good = {"question": "Add 2 and 3.", "answer": "#### 5"}
-    rows = [good, {"question": 5}, {"text": "q"}, good, {"question": "word " * 600}, tool, {"question": "q"}, good]
+    rows = [good, {"question": 5}, {"messages": []}, good, {"question": "word " * 600}, tool, {"question": "q"}, good]
     rows.append({"instruction": "q", "history": [["a", "b"]]})
     path = write(tmp_path / "a.jsonl", *rows)
     summary = generate(data_path=path, score="gsm8k_flexible", max_new_tokens=20)
@@ -490,7 +514,7 @@ def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(monk
     errors = [row["error"] for row in found if "error" in row]
     for error, what in zip(
         errors,
-        ["data/prepare.py", "data/prepare.py", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
+        ["data/prepare.py", "empty conversation", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
         + ["data/prepare.py"],
         strict=True,
     ):
@@ -961,7 +985,8 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         ({"repetition_penalty": 0.0}, "--repetition_penalty above 0"),
         ({"num_beams": 0}, "must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
-        ({"micro_batch_size": 0}, "must be at least 1"),
+        ({"micro_batch_size": 0}, "--micro_batch_size 0 below 1"),
+        ({"max_samples": -1, "data_path": str(DATA)}, "--max_samples -1 below 0"),
         ({"top_k": 5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"top_p": 0.5}, "--top_p and --top_k do nothing at --temperature 0"),
         ({"dtype": "half"}, "--dtype half: one of auto, bfloat16"),
@@ -978,6 +1003,16 @@ def test_bad_flags_are_refused_before_the_model_loads(no_model, flags, message):
     with pytest.raises(ValueError, match=message):
         generate(**flags)
     assert not list(Path().rglob("*"))
+
+
+def test_what_shows_itself_when_the_model_loads_is_a_sentence(tmp_path):
+    (tmp_path / "a.jinja").write_text("{{ messages[0].content")
+    with pytest.raises(ValueError, match="template .*a.jinja: unexpected end of template") as error:
+        generate(prompt="a", prompt_template=str(tmp_path / "a.jinja"))
+    assert error.traceback[-1].path == Path(script.__file__)  # run_cli shows the message alone
+    with pytest.raises(ValueError, match="only one can be used") as error:
+        generate(prompt="a", load_in_8bit=True, load_in_4bit=True)
+    assert error.traceback[-1].path == Path(script.__file__)
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_position():
