@@ -751,10 +751,10 @@ def generate(
 
     # 3. model
     if not data_path or len(done) < len(batches):
-        quantization = None
+        quantization = {}  # not None: that would switch off how a quantized checkpoint is read
         try:
             if load_in_8bit or load_in_4bit:
-                quantization = transformers.BitsAndBytesConfig(
+                quantization["quantization_config"] = transformers.BitsAndBytesConfig(
                     load_in_8bit=load_in_8bit,
                     load_in_4bit=load_in_4bit,
                     bnb_4bit_quant_type="nf4",
@@ -762,9 +762,7 @@ def generate(
                     bnb_4bit_compute_dtype=dtype,
                 )
             auto = AutoModelForImageTextToText if processor else AutoModelForCausalLM
-            model, info = auto.from_pretrained(
-                base, dtype=dtype, quantization_config=quantization, output_loading_info=True
-            )
+            model, info = auto.from_pretrained(base, dtype=dtype, output_loading_info=True, **quantization)
             stops = stop_tokens(model, tokenizer)
         except Exception as error:  # of transformers, safetensors and jinja2
             raise ValueError(f"--base_model {base_model}, template {template}: {error!s:.500}") from error

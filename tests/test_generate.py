@@ -962,6 +962,15 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         assert len({row["prediction"] for row in rows}) > 4
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_a_quantized_checkpoint_answers_as_what_it_was_made_of(kind, tmp_path):
+    from export_hf_checkpoint import export
+
+    export(base_model=str(BASE), output_dir=str(tmp_path / kind), quantize=kind)
+    whole, rows = ask(max_samples=8), ask(max_samples=8, base_model=str(tmp_path / kind))
+    assert sum(a == b for a, b in zip(texts(rows), texts(whole), strict=True)) > 2
+
+
 # -----------------------------------------------------------------------------
 # bad input
 
