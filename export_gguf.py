@@ -324,7 +324,7 @@ def export_gguf(
         kind = kind or pre_tokenizer or find_pre_tokenizer(tokenizer.backend_tokenizer)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
-        model = load_merged(base, adapter or lora_weights)
+        model = load_merged(base, str(adapter or lora_weights))
         if adapter and (adapter / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(adapter)
     except Exception as error:  # transformers, peft, torch and safetensors have their own kinds

@@ -420,7 +420,10 @@ def export_meta(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)
-        torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
+        try:
+            torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
+        except RuntimeError as error:  # torch's word for a full disk is "unexpected pos"
+            raise ValueError(f"--output_dir {output_dir}: writing failed; is the disk full? {error}") from error
         write_json(partial / "params.json", params)
         summary = {"base_model": base_model, "lora_weights": lora_weights, "target": target, "difference": difference}
         summary |= {"dtype": written_as, "tensors": len(weights)}
