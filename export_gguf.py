@@ -238,9 +238,9 @@ def add_settings(writer, config):
         )
 
 
-def gguf_tensors(model):
+def gguf_tensors(model, config):
     """Return {GGUF's name: tensor}, in the order of rows that llama.cpp wants."""
-    config, state = model.config, model.state_dict()
+    state = model.state_dict()
     if torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]):
         del state["lm_head.weight"]  # llama.cpp takes the embedding
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
@@ -251,6 +251,10 @@ def gguf_tensors(model):
                 # there llama.cpp rotates neighbouring pairs, transformers the two halves of a head
                 tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
+    if None in tensors:
+        raise ValueError(
+            "gguf has no name for some of the model's tensors, of layers that an adapter repeats for example"
+        )
     if config.rope_parameters["rope_type"] == "llama3":  # llama.cpp divides the frequencies by a tensor of factors
         scaled = model.model.rotary_emb.inv_freq
         exponents = torch.arange(len(scaled)) / len(scaled)
@@ -262,12 +266,12 @@ def write_tensors(writer, tensors, outtype):
     """Write the file: what was added to it, and the tensors; vectors stay in float32."""
     for name, tensor in tensors.items():
         kind = GGMLQuantizationType[outtype.upper() if tensor.ndim > 1 else "F32"]
+        if not (tensor.half() if outtype == "f16" else tensor).isfinite().all():
+            raise ValueError(f"{name} has NaN, or numbers too large for {outtype} (bf16 and f32 take larger ones)")
         try:
             data = gguf.quants.quantize(tensor.float().numpy(), kind)
         except gguf.quants.QuantError:
             raise ValueError(f"{name} has rows of {tensor.shape[1]}, which --outtype {outtype} cannot store") from None
-        if outtype == "f16" and not np.isfinite(data).all():
-            raise ValueError(f"{name} has numbers too large for f16: --outtype bf16 or f32")
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -313,8 +317,8 @@ def export_gguf(
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: --overwrite it, or another --output_dir")
     transformers.utils.logging.disable_progress_bar()
-    # of peft: it asks for a renamed property, and says that embeddings are not tied any more
-    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|no longer tied)")
+    # on renamed properties, tied embeddings and missing tensors, which are refused below
+    warnings.filterwarnings("ignore", module="peft|transformers")
 
     # 2. the model, once llama.cpp can read it
     source = adapter if adapter and (adapter / "tokenizer_config.json").exists() else base
@@ -326,10 +330,10 @@ def export_gguf(
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
         model = load_merged(base, str(adapter or lora_weights))
+        if adapter and (adapter / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(adapter)
     except Exception as error:  # transformers, peft, torch and safetensors have their own kinds
         raise ValueError(f"--base_model {base_model} --lora_weights {lora_weights}: {error!s:.999}") from error
-    if adapter and (adapter / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
     stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()} - {None}
 
     # 3. the file, and how Ollama is to run it: with the template that the file carries
@@ -339,11 +343,11 @@ def export_gguf(
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[outtype]])
     add_settings(writer, config)
     add_tokenizer(writer, tokenizer, kind, stops, config.vocab_size)
-    write_tensors(writer, gguf_tensors(model), outtype)
+    write_tensors(writer, gguf_tensors(model, config), outtype)
     partial.replace(target)
-    ends = [f"PARAMETER stop {json.dumps(text)}\n" for text in tokenizer.convert_ids_to_tokens(sorted(stops))]
+    ends = "".join(f"PARAMETER stop {json.dumps(end)}\n" for end in tokenizer.convert_ids_to_tokens(sorted(stops)))
     modelfile = target.with_name(f"Modelfile-{outtype}")
-    modelfile.write_text(f"FROM ./{target.name}\nPARAMETER num_ctx {config.max_position_embeddings}\n" + "".join(ends))
+    modelfile.write_text(f"FROM ./{target.name}\nPARAMETER num_ctx {config.max_position_embeddings}\n{ends}")
     print(
         f"wrote {target} ({target.stat().st_size / 1e6:,.1f} MB; tokenizer {kind}) and {modelfile.name}. Next:\n"
         f"  llama-server -m {target}\n"

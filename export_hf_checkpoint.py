@@ -24,7 +24,6 @@ import logging
 import re
 import shutil
 import sys
-import time
 import traceback
 import warnings
 from importlib.metadata import version
@@ -40,7 +39,7 @@ import transformers
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
@@ -205,13 +204,13 @@ def check_adapter(lora_weights, allow_pickle):
         )
     if not (folder / "adapter_model.safetensors").exists() and not allow_pickle:
         raise ValueError(f"{flag}: no adapter_model.safetensors there; a pickle (*.bin) is read with --allow_pickle")
-    config = PeftConfig.from_pretrained(lora_weights)
-    if config.peft_type != "LORA":
-        raise ValueError(f"{flag}: an adapter of type {config.peft_type.value}; only LoRA is merged here")
-    if str(config.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{flag}: an adapter of type {config.get('peft_type')}; only LoRA is merged here")
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(
-            f"{flag}: it was initialised with {config.init_lora_weights}, which changes the base model too. Save it as "
-            "a plain LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)), and merge that"
+            f"{flag}: it was initialised with {config['init_lora_weights']}, which changes the base model too. Save it "
+            "as a plain LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)), and merge that"
         )
     return config
 
@@ -406,7 +405,10 @@ def quantize_model(source, target, method, max_shard_size):
 
 def read_json(path):
     """Return what a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def portable_config(folder, settings, untied, dtype):
@@ -446,9 +448,9 @@ def copy_tokenizer(source, target):
     path, jinja = target / "tokenizer_config.json", target / "chat_template.jinja"
     config = read_json(path)
     if jinja.exists():
-        write_json(path, config | {"chat_template": jinja.read_text(encoding="utf-8")})
+        write_json(path, config | {"chat_template": jinja.read_text("utf-8")})
     elif isinstance(config.get("chat_template"), str):
-        jinja.write_text(config["chat_template"], encoding="utf-8")
+        jinja.write_text(config["chat_template"], "utf-8")
 
 
 def write_companions(source, lora_weights, folder, settings):
@@ -476,14 +478,11 @@ def write_modelfile(folder, context):
         for text in AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(stops):
             lines.append(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}")
     lines.append(f"PARAMETER num_ctx {context}\n")
-    (folder / "Modelfile").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "Modelfile").write_text("\n".join(lines), "utf-8")
 
 
 def model_card(base_model, lora_weights, report):
     """Return README.md of the exported model."""
-    check = "not made"
-    if report["check"]:
-        check = "KL divergence {kl:.2e} nats, largest logit difference {logit_diff:.2e}".format(**report["check"])
     return f"""---
 library_name: transformers
 ---
@@ -496,7 +495,7 @@ library_name: transformers
 | adapter | {lora_weights or "none"} |
 | merged modules | {len(report["merged"])} |
 | dtype | {report["dtype"]} |
-| comparison with base + adapter in float32 | {check} |
+| comparison with base + adapter in float32 | {report["check"]} |
 
 Made by export_hf_checkpoint.py; export.json says more.
 """
@@ -522,8 +521,8 @@ def image_prompt(folder, config):
     if "_vl" not in config.model_type:
         return None
     processor = AutoImageProcessor.from_pretrained(folder)
-    noise = torch.randint(256, (3, 56, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    inputs = processor(images=[noise], return_tensors="pt")
+    stripes = torch.arange(14112).byte().reshape(3, 56, 84)
+    inputs = processor(images=[stripes], return_tensors="pt")
     pads = int(inputs["image_grid_thw"].prod()) // processor.merge_size**2
     ids = [config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id, *range(10, 34)]
     inputs["input_ids"] = torch.tensor([ids])
@@ -569,6 +568,8 @@ def self_check(model, adapter, folder, scratch, quantize):
 def check_output(output_dir, overwrite):
     """Refuse an --output_dir that is taken, unless it is an earlier export and may go."""
     out = Path(output_dir)
+    if out.is_mount():
+        raise ValueError(f"--output_dir {output_dir} is a mount, which cannot be replaced: name a folder in it")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
     if not (out / "export.json").exists():
@@ -619,7 +620,7 @@ def export(
         allow_pickle: read weights from PyTorch's pickle files, if there are no safetensors.
     """
     # 1. check flags
-    started, flags = time.time(), dict(locals())
+    flags = dict(locals())
     if not base_model:
         base_model = "data/tiny/model"
         lora_weights = lora_weights or "out/finetune/adapter"
@@ -633,12 +634,12 @@ def export(
     except ValueError:
         raise ValueError(f"--max_shard_size {max_shard_size}: a size such as 400MB or 5GB") from None
     check_output(output_dir, overwrite)
-    config = check_adapter(lora_weights, allow_pickle) if lora_weights else None
+    config = check_adapter(lora_weights, allow_pickle) if lora_weights else {}
     quiet_libraries()
     logging.getLogger("accelerate").setLevel("ERROR")  # weights are on disk on purpose
 
     # 2. base and adapter, without their weights
-    source, target = base_folder(base_model, allow_pickle), Path(output_dir)
+    source, target = base_folder(base_model, allow_pickle), Path(output_dir).resolve()  # a link stays one
     if "quantization_config" in read_json(source / "config.json"):
         raise ValueError(
             f"--base_model {base_model} is quantized: a merge would be rounded to its few bits, far more than the "
@@ -660,13 +661,18 @@ def export(
                 for name, module in base.named_modules()
                 if isinstance(module, PEFT_LAYERS) and hasattr(module, "_hf_hook")  # not those inside of another
             ]
-        ties = base.all_tied_weights_keys.items()
-        untied = [pair[0] for pair in ties if any(name.rpartition(".")[0] in adapted for name in pair)]
+        untied = [
+            pair[0]
+            for pair in base.all_tied_weights_keys.items()
+            if any(name.rpartition(".")[0] in adapted for name in pair)
+            # both are in the files, and differ: transformers does not tie them either, whatever config.json says
+            or not torch.equal(*(read_tensor(weights.index[name]) for name in pair))
+        ]
         dtype = getattr(torch, save_dtype) if save_dtype else None
         main_dtype = dtype or base.config.dtype
         dtype_name = str(main_dtype).removeprefix("torch.")
         folders = {Path(entry["safetensors_file"]).parent for entry in weights.index.values()}
-        whole = folders != {source} or bool(lora_weights and config.target_parameters)
+        whole = folders != {source} or config.get("target_parameters") or config.get("bias", "none") != "none"
 
         # 3. weights, then what belongs to them
         merged = scratch / "merged" if quantize else partial
@@ -682,10 +688,10 @@ def export(
             made = read_json(partial / "config.json")
             write_json(partial / "config.json", settings | {"quantization_config": made["quantization_config"]})
         write_companions(source, lora_weights, partial, base.config)
-        if not quantize and set(base.config.architectures) & set(OLLAMA):
+        if not quantize and type(base).__name__ in OLLAMA:
             write_modelfile(partial, base.config.max_position_embeddings)
-        how = "with the whole model in memory: its files hold experts, or are pickles" if whole else "a file at a time"
-        print(f"  merged      {len(adapted)} modules, {how}, in {time.time() - started:.1f} s")
+        how = "with the whole model in memory: experts, pickles or trained biases" if whole else "a file at a time"
+        print(f"  merged      {len(adapted)} modules, {how}")
 
         # 4. what was written against base + adapter
         report = {
@@ -693,7 +699,6 @@ def export(
             "lora_weights": lora_weights,
             "flags": flags,
             "merged": adapted,
-            "untied": untied,
             "dtype": quantize or dtype_name,
             "check": None,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -715,8 +720,8 @@ def export(
     except BaseException:  # an interrupt, too
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    print(f"wrote {target}. Next:\n  python generate.py --base_model {target} --prompt '...'")
-    print(f"  vllm serve {target}" + " --dtype float32" * (report["dtype"] == "float32"))
+    print(f"wrote {output_dir}. Next:\n  python generate.py --base_model {output_dir} --prompt '...'")
+    print(f"  vllm serve {output_dir}" + " --dtype float32" * (report["dtype"] == "float32"))
     return report
 
 

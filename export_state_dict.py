@@ -347,6 +347,8 @@ def copy_tokenizer_parts(base, lora_weights, folder):
 def check_output(output_dir, overwrite):
     """Refuse an --output_dir that is taken, unless it is an earlier export and may go."""
     out = Path(output_dir)
+    if out.is_mount():
+        raise ValueError(f"--output_dir {output_dir} is a mount, which cannot be replaced: name a folder in it")
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return
     if not (out / "export.json").exists():
@@ -414,6 +416,7 @@ def export_meta(
     dtype, difference = getattr(torch, save_dtype) if save_dtype else model.dtype, None
     if lora_weights:
         model, difference = merge_adapter(model.float(), lora_weights)
+        params["n_layers"] = model.config.num_hidden_layers  # an adapter may repeat layers
         print(f"  merged      in float32; logits before and after differ by {difference:.1e} of the largest")
         if not difference < 1e-4:
             raise ValueError(f"--lora_weights {lora_weights} cannot be merged: logits change by {difference:.1e}")
@@ -423,12 +426,15 @@ def export_meta(
         raise ValueError(f"{len(broken)} tensors are not finite in {dtype_name}, {broken[0]} among them: --save_dtype")
 
     # 3. write beside the target
-    target_folder = Path(output_dir)
+    target_folder = Path(output_dir).resolve()  # a link stays one
     partial = Path(f"{target_folder}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)
-        torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
+        try:
+            torch.save(to_meta(weights, config), partial / "consolidated.00.pth")
+        except RuntimeError as error:  # torch's word for a full disk is "unexpected pos"
+            raise ValueError(f"--output_dir {output_dir}: writing failed; is the disk full? {error}") from error
         write_json(partial / "params.json", params)
         summary = {
             "base_model": base_model,

@@ -765,10 +765,10 @@ def train(
     import peft
 
     transformers.set_seed(seed)
-    quantization, targets = None, re.findall(r"[\w.-]+", lora_target_modules)
+    quantized, targets = {}, re.findall(r"[\w.-]+", lora_target_modules)
     try:
         if load_in_8bit or load_in_4bit:
-            quantization = transformers.BitsAndBytesConfig(
+            quantized["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_8bit=load_in_8bit,
                 load_in_4bit=load_in_4bit,
                 bnb_4bit_quant_type="nf4",  # with double quantization as in QLoRA (Dettmers et al. 2023, 2305.14314)
@@ -784,9 +784,8 @@ def train(
             use_rslora=use_rslora,
             use_dora=use_dora,
         )
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, quantization_config=quantization, output_loading_info=True
-        )
+        # no quantization_config=None: that would switch off how a quantized checkpoint is read
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True, **quantized)
         if activation_checkpointing and zero3:
             model.enable_input_require_grads()  # a frozen embedding would cut such layers off the gradient
         # adapters in float32 next to a half-precision base, except where DeepSpeed owns the dtype

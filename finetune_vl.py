@@ -712,7 +712,7 @@ def train(
         dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     transformers.utils.logging.set_verbosity_error()
     # peft asks for a renamed property, and create_scheduler takes a step ahead
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|Detected call of .lr_scheduler.step")
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing|Detected call of .lr_scheduler.step")
     base = str(local_path(base_model) or base_model)
     limits = {"min_pixels": min_pixels} if min_pixels else {}
     if max_pixels:
@@ -817,10 +817,10 @@ def train(
     import peft
 
     transformers.set_seed(seed)
-    quantization, targets = None, re.findall(r"[\w.-]+", lora_target_modules)
+    quantized, targets = {}, re.findall(r"[\w.-]+", lora_target_modules)  # no None: a base may be quantized already
     try:
         if load_in_8bit or load_in_4bit:
-            quantization = transformers.BitsAndBytesConfig(
+            quantized["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_8bit=load_in_8bit,
                 load_in_4bit=load_in_4bit,
                 bnb_4bit_quant_type="nf4",  # with double quantization as in QLoRA (Dettmers et al. 2023, 2305.14314)
@@ -837,7 +837,7 @@ def train(
             lora_dropout=lora_dropout,
         )
         model, info = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, quantization_config=quantization, output_loading_info=True
+            base, dtype=dtype, output_loading_info=True, **quantized
         )
         if activation_checkpointing and zero3:
             model.enable_input_require_grads()  # a frozen embedding would cut such layers off the gradient

@@ -522,8 +522,9 @@ def read_batches(log):
 def write_predictions(path, records):
     """Write records as JSON lines beside `path` and rename the file, so that `path` is never half written."""
     partial = Path(f"{path}.incomplete")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # half a character: JSON's \ud83d
+    # numbers of numpy and others become floats, half a character (a lone surrogate) its escape
+    lines = [json.dumps(record, ensure_ascii=False, default=float) + "\n" for record in records]
+    partial.write_text("".join(lines), "utf-8", "backslashreplace")
     partial.replace(path)
 
 
@@ -714,7 +715,7 @@ def generate(
             else:
                 messages = to_messages(row, separator)
             item["messages"] = messages
-            if messages[-1]["role"] == "assistant":
+            if messages and messages[-1]["role"] == "assistant":
                 item["reference"] = messages.pop()["content"]
             ids = encode_prompt(messages, row_images, tokenizer, processor, max_new_tokens, context)
             number = final_number(item.get("reference", ""), "strict")
@@ -750,27 +751,25 @@ def generate(
 
     # 3. model
     if not data_path or len(answered) < len(batches):
-        quantization = None
-        if load_in_8bit or load_in_4bit:
-            quantization = transformers.BitsAndBytesConfig(
-                load_in_8bit=load_in_8bit,
-                load_in_4bit=load_in_4bit,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
+        quantization = {}  # not None: that would switch off how a quantized checkpoint is read
         try:
+            if load_in_8bit or load_in_4bit:
+                quantization["quantization_config"] = transformers.BitsAndBytesConfig(
+                    load_in_8bit=load_in_8bit,
+                    load_in_4bit=load_in_4bit,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=dtype,
+                )
             auto = AutoModelForImageTextToText if processor else AutoModelForCausalLM
-            model, info = auto.from_pretrained(
-                base, dtype=dtype, quantization_config=quantization, output_loading_info=True
-            )
-        except Exception as error:  # of transformers and safetensors
-            raise ValueError(f"--base_model {base_model} cannot be loaded: {error!s:.500}") from error
+            model, info = auto.from_pretrained(base, dtype=dtype, output_loading_info=True, **quantization)
+            stops = stop_tokens(model, tokenizer)
+        except Exception as error:  # of transformers, safetensors and jinja2
+            raise ValueError(f"--base_model {base_model}, template {template}: {error!s:.500}") from error
         if info["missing_keys"]:
             raise ValueError(f"--base_model {base_model} has no {', '.join(sorted(info['missing_keys']))}")
         if not quantization:
             model.to(device)
-        stops = stop_tokens(model, tokenizer)
         model.generation_config = GenerationConfig()  # nothing of the model's own leaks in
         model = attach_adapter(model, lora_weights).eval() if lora_weights else model.eval()
 
@@ -821,7 +820,7 @@ def generate(
         item.update(record)
         if score:
             scores.append(score_answer(item, scorer, data_path))
-            item.update(scores[-1])
+            item.update(scores[-1] | item)  # its own fields stay
     summary = settings | {
         "rows": len(items),
         "answered": len(answers),
@@ -832,7 +831,7 @@ def generate(
     for name in scores[0] if scores else []:
         if isinstance(scores[0][name], int | float):
             mean, error = mean_and_error([one[name] for one in scores])
-            summary[name] = {"mean": mean, "standard_error": error}
+            summary.setdefault(name, {"mean": mean, "standard_error": error})
             label = score if name == "score" else name
             print(f"{label} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
     write_predictions(out / "predictions.jsonl", items)

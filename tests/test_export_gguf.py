@@ -199,6 +199,7 @@ def test_smaller_types(kind, limit, made, tmp_path):
         {"target_modules": ["up_proj", "embed_tokens"]},
         {"target_modules": ["lm_head"]},
         {"target_modules": ["up_proj"], "use_dora": True},
+        {"target_modules": ["up_proj", "q_proj"], "bias": "all"},
         {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens"]},
     ],
@@ -213,6 +214,15 @@ def test_an_adapter_is_merged_in_float32(config, made, tmp_path):
         expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval())
     assert (logits(read_gguf(tmp_path / "model-f32.gguf")) - expected).abs().max() < 1e-4
     assert (logits(AutoModelForCausalLM.from_pretrained(base).eval()) - expected).abs().max() > 1e-2
+
+
+def test_an_adapter_beside_the_script_is_found_from_anywhere(made, tmp_path, monkeypatch):
+    base = made("qwen3")
+    make_adapter(tmp_path / "script" / "out" / "adapter", base, target_modules=["q_proj"])
+    monkeypatch.setattr(script, "HERE", tmp_path / "script")
+    monkeypatch.chdir(tmp_path)
+    export_gguf(base_model=str(base), lora_weights="out/adapter", output_dir="gguf")
+    assert (tmp_path / "gguf" / "model-f16.gguf").exists()
 
 
 def test_the_tokenizer_and_the_settings(made, tmp_path):
@@ -378,12 +388,22 @@ def test_weights_that_are_missing_or_do_not_fit(made, tmp_path):
         base_model=str(base),
         lora_weights=str(adapter),
     )
+    repeats = make_adapter(tmp_path / "repeats", other, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
+    refused("an adapter repeats", tmp_path / "out", base_model=str(other), lora_weights=str(repeats))
+    (adapter / "generation_config.json").write_text("{")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    refused("not a valid JSON file", tmp_path / "out", base_model=str(base), lora_weights=str(adapter))
     llama = made("llama3 without ignore_merges")
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.lm_head.weight.data[5, 5] = 7e4
     model.save_pretrained(tmp_path / "large")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "large")
-    refused("output.weight has numbers too large for f16", tmp_path / "out", base_model=str(tmp_path / "large"))
+    refused("output.weight has NaN, or numbers too large for f16", tmp_path / "out", base_model=str(tmp_path / "large"))
+    model.lm_head.weight.data[5, 5] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "nan")
+    for outtype in ("f32", "bf16", "q8_0"):
+        refused("output.weight has NaN", tmp_path / "out", base_model=str(tmp_path / "nan"), outtype=outtype)
     config = json.loads((tmp_path / "large" / "config.json").read_text())
     (tmp_path / "large" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     refused("tensors are missing: .*layers.2", tmp_path / "out", base_model=str(tmp_path / "large"), outtype="f32")

@@ -163,6 +163,30 @@ def test_bit_for_bit_as_peft_merges_in_float32(kind, bases, tmp_path):
         assert kl(expected, logits(load(tmp_path / "exact"))) < 1e-9
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_written(bias, bases, tmp_path):
+    base = bases("qwen2")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], bias=bias)
+    export(base_model=str(base), lora_weights=str(adapter), output_dir=str(tmp_path / "out"), save_dtype="float32")
+    expected = PeftModel.from_pretrained(untied(base), adapter).merge_and_unload().state_dict()
+    before, written = untied(base).state_dict(), load(tmp_path / "out").state_dict()
+    assert all(torch.equal(expected[name], written[name]) for name in expected)
+    name = f"model.layers.1.self_attn.{'k' if bias == 'all' else 'q'}_proj.bias"
+    assert not torch.equal(before[name], written[name])
+
+
+def test_embeddings_that_differ_are_not_tied_whatever_config_json_says(bases, tmp_path):
+    """PEFT saves such a model where LoRA on one of two tied embeddings was merged; transformers loads both."""
+    base, ids = shutil.copytree(bases("llama"), tmp_path / "base"), torch.arange(60).reshape(3, 20)
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter(tmp_path / "adapter", bases("llama"), target_modules=LINEAR)
+    flags = {"base_model": str(base), "lora_weights": str(adapter), "output_dir": str(tmp_path / "out")}
+    export(**flags, save_dtype="float32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert kl(logits(with_adapter(bases("llama"), adapter), ids), logits(load(tmp_path / "out"), ids)) < 1e-9
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
@@ -198,7 +222,7 @@ def test_what_lies_beside_the_weights(tiny):
         'FROM .\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\nPARAMETER num_ctx 1024\n'
     )
     report, card = json.loads((out / "export.json").read_text()), (out / "README.md").read_text(encoding="utf-8")
-    assert len(report["merged"]) == 8 and f"{report['check']['kl']:.2e}" in card and "| merged modules | 8 |" in card
+    assert len(report["merged"]) == 8 and str(report["check"]) in card and "| merged modules | 8 |" in card
 
 
 @pytest.mark.parametrize(
@@ -327,6 +351,23 @@ def test_damaged_weights(tiny, tmp_path):
     refused(tmp_path, "are not in its files", **flags)
 
 
+def test_damaged_configurations(tiny, tmp_path):
+    base, adapter = shutil.copytree(BASE, tmp_path / "base"), shutil.copytree(tiny[0], tmp_path / "adapter")
+    flags = flags_of(tiny, tmp_path, base_model=str(base), lora_weights=str(adapter))
+    for path in (base / "config.json", adapter / "adapter_config.json", adapter / "tokenizer_config.json"):
+        whole = path.read_text()
+        path.write_text(whole[:-9])
+        refused(tmp_path, f"{path.name} is damaged: ", **flags)
+        path.write_text(whole)
+    whole = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(whole | {"model_type": "unheard-of"}))
+    refused(tmp_path, "the model cannot be loaded: .*unheard-of", **flags)
+    del whole["architectures"]  # transformers does without
+    (base / "config.json").write_text(json.dumps(whole))
+    export(**flags)
+    assert (tmp_path / "out" / "Modelfile").exists()
+
+
 def test_pickle_files_only_when_allowed(tiny, tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -410,6 +451,18 @@ def test_an_earlier_export_is_kept_unless_overwritten(tiny, tmp_path):
     export(**flags, overwrite=True, save_dtype="float32")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_link_stays_a_link_and_a_mount_is_refused(tiny, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "export")
+    for _ in range(2):
+        export(**flags_of(tiny, tmp_path, overwrite=True))
+        assert (tmp_path / "out").is_symlink() and files(tmp_path / "disk" / "export").keys() == files(tiny[1]).keys()
+    assert len(list((tmp_path / "disk").iterdir())) == 1
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    with pytest.raises(ValueError, match="is a mount.*name a folder in it"):
+        export(**flags_of(tiny, tmp_path, output_dir=str(tmp_path / "mounted")))
 
 
 def test_base_alone_is_copied(tmp_path):

@@ -531,6 +531,16 @@ def test_quantized_bases_train_on_a_cpu_and_packing_changes_nothing(three, tmp_p
     assert_same_curve(records, one_by_one, tolerance=5e-3 if bits == "load_in_8bit" else 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_that_is_quantized_already_is_read_as_one(three, tmp_path, kind):
+    """With quantization_config=None transformers would take its integers for weights: a loss of 6.7, and no error."""
+    from export_hf_checkpoint import export
+
+    export(base_model=str(BASE), output_dir=str(tmp_path / "base"), quantize=kind)
+    losses = losses_of(run(tmp_path / "run", base_model=str(tmp_path / "base"), max_steps=3))
+    assert losses[0] == pytest.approx(three[0], rel=0.05) and losses[2] < losses[0]
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision_bases_train_on_a_cpu(three, tmp_path, dtype, tolerance):
     losses = losses_of(run(tmp_path, dtype=dtype, max_steps=3))

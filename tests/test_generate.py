@@ -255,6 +255,30 @@ def test_a_function_of_ones_own_is_called_as_verl_calls_it(capsys):
         generate(**flags, score="broken.py:f")
 
 
+def test_what_a_function_returns_is_written_and_takes_no_name_that_is_taken(tmp_path):
+    Path("mine.py").write_text(
+        "import numpy as np\n"
+        "def f(**kwargs):\n"
+        "    return {'score': np.float32(0.5), 'close': np.bool_(True), 'tokens': 99, 'rows': 7, 'prediction': 'x'}\n"
+    )
+    path = write("rows.jsonl", {"question": "2+3?", "answer": "5"})
+    plain = generate(data_path=path, max_new_tokens=4)
+    (row,) = answers()
+    summary = generate(data_path=path, max_new_tokens=4, score="mine.py:f")
+    assert answers() == [row | {"score": 0.5, "close": 1.0, "rows": 7}]
+    assert summary == plain | {"score": {"mean": 0.5, "standard_error": None}}
+
+
+def test_half_a_character_in_a_row_costs_no_other_row():
+    half = {"question": "a \ud800 b", "answer": "5"}
+    path = write("rows.jsonl", {"question": "2+3?", "answer": "5"}, half, {"question": "q", "answer": "\ud800"})
+    summary = generate(data_path=path, max_new_tokens=4)
+    first, second, third = answers()
+    assert summary["answered"] == 2 and "cannot render" in second["error"]
+    assert third["reference"] == "\ud800" and second["messages"][0]["content"] == half["question"]
+    assert "prediction" in first and "prediction" in third
+
+
 def test_a_score_function_that_fails_loses_no_answers(no_model):
     Path("mine.py").write_text(SCORER)
     flags = {"data_path": str(DATA), "max_samples": 3, "max_new_tokens": 4}
@@ -479,7 +503,7 @@ def test_a_prompt_and_its_input_are_an_alpaca_row(seen):
 def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_path, capsys):
     tool = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}
     good = {"question": "Add 2 and 3.", "answer": "#### 5"}
-    rows = [good, {"question": 5}, {"text": "q"}, good, {"question": "word " * 600}, tool, {"question": "q"}, good]
+    rows = [good, {"question": 5}, {"messages": []}, good, {"question": "word " * 600}, tool, {"question": "q"}, good]
     rows.append({"instruction": "q", "history": [["a", "b"]]})
     path = write(tmp_path / "a.jsonl", *rows)
     summary = generate(data_path=path, score="gsm8k_flexible", max_new_tokens=20)
@@ -489,7 +513,7 @@ def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_
     errors = [row["error"] for row in found if "error" in row]
     for error, what in zip(
         errors,
-        ["data/prepare.py", "data/prepare.py", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
+        ["data/prepare.py", "empty conversation", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
         + ["data/prepare.py"],
         strict=True,
     ):
@@ -943,6 +967,15 @@ def test_quantized_bases_answer_on_a_cpu(monkeypatch, adapter, bits, kind):
         assert len({row["prediction"] for row in rows}) > 4
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_a_quantized_checkpoint_answers_as_what_it_was_made_of(kind, tmp_path):
+    from export_hf_checkpoint import export
+
+    export(base_model=str(BASE), output_dir=str(tmp_path / kind), quantize=kind)
+    whole, rows = ask(max_samples=8), ask(max_samples=8, base_model=str(tmp_path / kind))
+    assert sum(a == b for a, b in zip(texts(rows), texts(whole), strict=True)) > 2
+
+
 # -----------------------------------------------------------------------------
 # bad input
 
@@ -991,6 +1024,16 @@ def test_a_configuration_that_cannot_be_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 126}))
     with pytest.raises(ValueError, match=f"(?s)--base_model {path.parent}.*126. is not a multiple") as error:
         generate(base_model=str(path.parent))
+    assert error.traceback[-1].path == Path(script.__file__)
+
+
+def test_what_shows_itself_when_the_model_loads_is_a_sentence(tmp_path):
+    (tmp_path / "a.jinja").write_text("{{ messages[0].content")
+    with pytest.raises(ValueError, match="template .*a.jinja: unexpected end of template") as error:
+        generate(prompt="a", prompt_template=str(tmp_path / "a.jinja"))
+    assert error.traceback[-1].path == Path(script.__file__)  # run_cli shows the message alone
+    with pytest.raises(ValueError, match="only one can be used") as error:
+        generate(prompt="a", load_in_8bit=True, load_in_4bit=True)
     assert error.traceback[-1].path == Path(script.__file__)
 
 
