@@ -997,7 +997,7 @@ def make_optimizer(role):
     trained = {}
     tensors = {}
     for name, p in role.named_parameters():
-        if not role.adapter or f".{role.adapter}." in name or "value_head" in name:
+        if not role.adapter or f".{role.adapter}." in f"{name}." or "value_head" in name:
             trained[name] = p.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.values())
     for name, p in trained.items():

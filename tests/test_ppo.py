@@ -1752,6 +1752,19 @@ def test_an_adapter_whose_tensors_find_no_place_is_refused(kit, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_part_of_an_adapter_is_trained(kit, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(kit.base, dtype=torch.float32), lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    run(kit, tmp_path / "out", lora_weights=str(tmp_path / "adapter"), total_training_steps=1)
+    before, after = weights(tmp_path), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and any("lora_embedding_A" in name for name in after)
+    assert not [name for name in after if torch.equal(after[name], before[name])]
+
+
 def test_a_base_without_an_end_token_or_a_chat_template_is_refused(kit, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(kit.base, base)
