@@ -1291,8 +1291,8 @@ def train_ppo(
     out = Path(output_dir)
     if not base_model:
         base_model, lora_weights = f"{TINY}/model", lora_weights or "out/few/adapter"
-    if lora_weights and not Path(lora_weights, "adapter_config.json").exists():
-        raise ValueError(f"--lora_weights {lora_weights}: there is no adapter. The default one is made by: {START}")
+    if lora_weights and not Path(lora_weights, "adapter_model.safetensors").exists():
+        raise ValueError(f"--lora_weights {lora_weights}: no adapter_model.safetensors; the default is made by {START}")
     if not train_files:
         train_files, val_files = f"{TINY}/train.jsonl", val_files or f"{TINY}/test.jsonl"
     if dtype == "auto":

@@ -1736,10 +1736,17 @@ def test_without_any_flag_and_without_a_fine_tuned_model_it_says_what_to_do(tmp_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError,
-        match="out/few/adapter: there is no adapter. The default one is made by: python finetune.py --data_path",
+        match="out/few/adapter: no adapter_model.safetensors; the default is made by python finetune.py --data_path",
     ):
         train_ppo()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_in_the_old_format_is_refused(kit, tmp_path, no_model):
+    shutil.copytree(kit.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match="--lora_weights .*adapter: no adapter_model.safetensors"):
+        run(kit, tmp_path / "out", lora_weights=str(tmp_path / "adapter"))
 
 
 def test_an_adapter_whose_tensors_find_no_place_is_refused(kit, tmp_path):
