@@ -3,8 +3,8 @@ PPO of a causal language model with a critic and a rule-based reward on GSM8K: o
 
     reads    --train_files, --val_files   verl's rows (data/gsm8k.py writes them), or question and answer
              --base_model, --lora_weights the policy to start from, usually an adapter of finetune.py
-    writes   --output_dir    run.json (what was used, versions, results), log.jsonl (a line a step), adapter/, plots/,
-                             checkpoint-N/, val_generations/, tensorboard/
+    writes   --output_dir    run.json (what was used, versions, results), log.jsonl (a line a step), adapter/,
+                             curves.png, checkpoint-N/, val_generations/, tensorboard/
     then     generate.py --base_model BASE --lora_weights OUT/adapter, or export_hf_checkpoint.py
 
     no GPU   python finetune.py --data_path data/tiny/demonstrations.jsonl --num_epochs 40 --learning_rate 2e-3 \\
@@ -373,11 +373,11 @@ def agg_loss(
     sums = (loss * mask).sum(-1)  # [B]
     if mode == "token-mean":
         return sums.sum() / num_tokens
-    if mode == "seq-mean-token-sum":
-        return sums.sum() / num_sequences
     if mode == "seq-mean-token-mean":
-        return (sums / mask.sum(-1).clamp(min=1)).sum() / num_sequences
-    return sums.sum() / num_sequences / horizon
+        sums = sums / mask.sum(-1).clamp(min=1)
+    if mode == "seq-mean-token-sum-norm":
+        sums = sums / horizon
+    return sums.sum() / num_sequences
 
 
 def compute_policy_loss(
@@ -444,8 +444,7 @@ def actor_loss(actor, micro, flags, **counts):
         "pg_clipfrac_lower": bounded,
         "ppo_kl": -log_ratio,
     }
-    if flags["entropy_coeff"]:
-        loss = loss - flags["entropy_coeff"] * aggregate(entropy)
+    loss = loss - flags["entropy_coeff"] * aggregate(entropy)
     if flags["kl_loss_coef"]:
         kl = low_var_kl(logprobs, micro["ref_logprobs"])
         metrics["kl_loss"] = aggregate(kl)
@@ -584,9 +583,9 @@ def decode(actor, prompts, max_tokens, uniforms, stops):
     made = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     ids = [torch.tensor(prompt) for prompt in prompts]
-    mask = [torch.ones_like(prompt) for prompt in ids]
-    ids = pad_sequence(ids, batch_first=True, padding_side="left").to(actor.model.device)
-    mask = pad_sequence(mask, batch_first=True, padding_side="left").to(actor.model.device)
+    ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(actor.model.device)
+    mask = (ids >= 0).long()
+    ids = ids.clamp(0)
     for t in range(max_tokens):
         hidden = actor.hidden(
             ids,
@@ -619,7 +618,7 @@ class LocalRollout:
 
     def __init__(self, actor, stops):
         self.actor = actor
-        self.stops = set(stops)
+        self.stops = stops
 
     def sync(self, step):
         """Do nothing: it is the actor."""
@@ -704,12 +703,11 @@ class ServerRollout:
 
     def load(self, url):
         """Give a server the adapter of now."""
-        path = str((self.folder / self.name).resolve())
         status, text = self.post(
             url,
             "/v1/load_lora_adapter",
             lora_name=self.name,
-            lora_path=path,
+            lora_path=str((self.folder / self.name).resolve()),
         )
         if status != 200 and "already" not in text:
             model = self.actor.model
@@ -748,10 +746,11 @@ class ServerRollout:
             if status == 404:  # it was started again, and does not know the adapter
                 self.load(url)
                 status, text = self.post(url, "/v1/completions", **body)
-            if status != 200:
-                raise ValueError(f"--rollout_urls {url}: {text:.500}")
-            choice = json.loads(text)["choices"][0]
-            return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
+            try:
+                choice = json.loads(text)["choices"][0]
+                return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
+            except Exception as error:  # it refused, or is no vLLM, or one too old to say the tokens' ids
+                raise ValueError(f"--rollout_urls {url}: {error!r}; it answered {status}, {text:.500}") from error
 
         with ThreadPoolExecutor(ROWS_AT_ONCE) as pool:
             return list(pool.map(ask, range(len(prompts))))
@@ -788,9 +787,9 @@ def plan_batches(lengths, mini_batch_size, max_tokens, ranks):
         rows = list(range(start, start + mini_batch_size))
         order = sorted(rows, key=lambda row: -lengths[row])
         parts = []
+        mine = order[ranks.process_index :: ranks.num_processes]
         for deals in split_by_tokens([lengths[row] for row in order[:: ranks.num_processes]], max_tokens):
-            places = [deal * ranks.num_processes + ranks.process_index for deal in deals]
-            parts.append([order[place] for place in places if place < len(order)])
+            parts.append([mine[deal] for deal in deals if deal < len(mine)])
         plan.append((rows, parts))
     return plan
 
@@ -824,9 +823,8 @@ def roll_out(
     own = {}
     rows = {}
     batch = {}
-    for i, answer in zip(mine, answers, strict=True):
+    for i, prompt, answer in zip(mine, prompts, answers, strict=True):
         tokens, logprobs = zip(*answer, strict=True)
-        prompt = problems[i]["prompt"]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         score = score_response(reward_fn, problems[i], text)
         own[i] = {
@@ -893,8 +891,7 @@ def update(
     sums = {}
     norms = []
     role.train()  # recomputes activations if it is to; there is no dropout
-    for step in range(steps):
-        rows, parts = plan[step % len(plan)]
+    for rows, parts in plan * flags["ppo_epochs"]:
         counts = {
             "num_tokens": int(batch["mask"][rows].sum()),
             "num_sequences": len(rows),
@@ -929,6 +926,10 @@ def load_policy(base, dtype, lora_weights, flags):
         model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"there is no {', '.join(sorted(info['missing_keys']))}")
+        probe = torch.tensor([[1]])
+        logits = model.get_output_embeddings()(model.get_decoder()(probe)[0])
+        if (model(probe).logits - logits).abs().max() > 0.01:
+            raise ValueError("it caps or scales its logits, as Gemma 2, Granite and Cohere do: this is not done here")
         if lora_weights:
             model = peft.PeftModel.from_pretrained(model, lora_weights)
     except Exception as error:  # of transformers, peft and safetensors
@@ -996,7 +997,7 @@ def make_optimizer(role):
     trained = {}
     tensors = {}
     for name, p in role.named_parameters():
-        if not role.adapter or f".{role.adapter}." in name or "value_head" in name:
+        if not role.adapter or f".{role.adapter}." in f"{name}." or "value_head" in name:
             trained[name] = p.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.values())
     for name, p in trained.items():
@@ -1114,7 +1115,7 @@ def open_log(out, first, run):
     Of what an earlier run logged after its last checkpoint, and of a line that it was killed in, nothing stays.
     """
     if first == 1:
-        for path in [*out.glob("checkpoint-*"), *out.glob("tensorboard")]:
+        for path in [*out.glob("checkpoint-*"), *out.glob("tensorboard"), *out.glob("val_generations")]:
             shutil.rmtree(path)
     (out / "val_generations").mkdir(parents=True, exist_ok=True)
     path = out / "log.jsonl"
@@ -1271,8 +1272,8 @@ def train_ppo(
         actor_lr: first learning rate of the actor; 0 for one that fits the model's family and hidden size.
         critic_lr: the same, of the critic.
         lr_scheduler_type: linear, down to 0 over the run, or constant.
-        lora_r: rank of the adapter matrices; 0 trains all weights, sharded over the ranks.
-        lora_alpha: the adapter is scaled by lora_alpha / lora_r.
+        lora_r: rank of a new adapter (--lora_weights keep theirs); 0 trains all weights, sharded over the ranks.
+        lora_alpha: a new adapter is scaled by lora_alpha / lora_r.
         dtype: of the base weights: auto (bfloat16 on a GPU that has it, else float32), bfloat16 or float32.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
         total_epochs: passes over the training rows.
@@ -1290,8 +1291,8 @@ def train_ppo(
     out = Path(output_dir)
     if not base_model:
         base_model, lora_weights = f"{TINY}/model", lora_weights or "out/few/adapter"
-    if lora_weights and not Path(lora_weights, "adapter_config.json").exists():
-        raise ValueError(f"--lora_weights {lora_weights}: there is no adapter. The default one is made by: {START}")
+    if lora_weights and not Path(lora_weights, "adapter_model.safetensors").exists():
+        raise ValueError(f"--lora_weights {lora_weights}: no adapter_model.safetensors; the default is made by {START}")
     if not train_files:
         train_files, val_files = f"{TINY}/train.jsonl", val_files or f"{TINY}/test.jsonl"
     if dtype == "auto":
@@ -1318,8 +1319,10 @@ def train_ppo(
     start = Path(train_files).read_bytes()
     if lora_weights:
         start += Path(lora_weights, "adapter_model.safetensors").read_bytes()
-    flags |= {"base_model": base_model, "lora_weights": lora_weights, "dtype": dtype}
     flags |= {
+        "base_model": base_model,
+        "lora_weights": lora_weights,
+        "dtype": dtype,
         "actor_lr": actor_lr or default_learning_rate(config) / 7,
         "critic_lr": critic_lr or default_learning_rate(config) / 4,
         "schedule_steps": 0 if lr_scheduler_type == "constant" else total_steps,
@@ -1402,13 +1405,12 @@ def train_ppo(
                 (batch["values"],) = forward_all(batch, plan, roles["critic"], response_values)
 
             # 6.3 advantages, over the global batch
-            batch["token_level_rewards"] = batch["token_level_scores"]
+            kl = 0.0
             if kl_coef:
                 kl = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
-                batch["token_level_rewards"] = batch["token_level_scores"] - kl_coef * kl
                 metrics["actor/reward_kl_penalty"] = (kl.sum(-1) / mask.sum(-1)).mean().item()
-            advantages, returns = compute_advantages(batch, adv_estimator, rollout_n, gamma, lam)
-            batch |= {"advantages": advantages, "returns": returns}
+            batch["token_level_rewards"] = batch["token_level_scores"] - kl_coef * kl
+            batch["advantages"], batch["returns"] = compute_advantages(batch, adv_estimator, rollout_n, gamma, lam)
 
             # 6.4 update
             for name in optimizers:
@@ -1437,7 +1439,7 @@ def train_ppo(
             if step == total_steps or save_freq and step % save_freq == 0:
                 save_checkpoint(out, step, tensors, actor, ranks.is_main_process)
     except KeyboardInterrupt as error:
-        ranks.print(f"\ninterrupted {error}; the same command goes on from the last checkpoint")
+        ranks.print(f"\ninterrupted {error}; the same command, without --overwrite, goes on from the last checkpoint")
         sys.exit(130)
 
     # 7. the actor, plots, the summary
@@ -1452,7 +1454,6 @@ def train_ppo(
         write_json(out / "run.json", run | {"status": "finished", "results": records[-1]})
         ranks.print(f"wrote {target}\nNext: python generate.py --{'lora_weights' if lora_r else 'base_model'} {target}")
     ranks.destroy_process_group()
-    return run
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     GenerationConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -1456,7 +1458,7 @@ def test_ctrl_c_says_how_to_go_on(kit, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ppo, "rows_of_step", interrupt)
     with pytest.raises(SystemExit) as stopped:
         run(kit, tmp_path)
-    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    assert stopped.value.code == 130 and "the same command, without --overwrite, goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
@@ -1473,7 +1475,11 @@ def test_what_ends_a_run_within_a_checkpoint_is_said(kit, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         run(kit, tmp_path, save_freq=1)
     said = capsys.readouterr().out
-    assert stopped.value.code == 130 and "the same command goes on" in said and "checkpoint-1.incomplete" in said
+    assert (
+        stopped.value.code == 130
+        and "the same command, without --overwrite, goes on" in said
+        and "checkpoint-1.incomplete" in said
+    )
     assert type(error).__name__ in said or "No space left" in said
     assert ppo.list_checkpoints(tmp_path) == []
 
@@ -1540,8 +1546,10 @@ def test_a_finished_run_without_checkpoints_is_not_lost(kit, finished, no_model)
 
 def test_overwrite_starts_over(kit, one_step, finished):
     (finished / "notes.txt").write_text("mine")
+    (finished / "val_generations" / "step-00020.jsonl").write_text("of the longer run before")
     got = run(kit, finished, overwrite=True, total_training_steps=1, gamma=0.5)
     assert got != curve(one_step) and (finished / "notes.txt").exists() and ppo.list_checkpoints(finished) == [1]
+    assert not list((finished / "val_generations").iterdir())
 
 
 # -----------------------------------------------------------------------------
@@ -1728,10 +1736,17 @@ def test_without_any_flag_and_without_a_fine_tuned_model_it_says_what_to_do(tmp_
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError,
-        match="out/few/adapter: there is no adapter. The default one is made by: python finetune.py --data_path",
+        match="out/few/adapter: no adapter_model.safetensors; the default is made by python finetune.py --data_path",
     ):
         train_ppo()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_in_the_old_format_is_refused(kit, tmp_path, no_model):
+    shutil.copytree(kit.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match="--lora_weights .*adapter: no adapter_model.safetensors"):
+        run(kit, tmp_path / "out", lora_weights=str(tmp_path / "adapter"))
 
 
 def test_an_adapter_whose_tensors_find_no_place_is_refused(kit, tmp_path):
@@ -1742,6 +1757,19 @@ def test_an_adapter_whose_tensors_find_no_place_is_refused(kit, tmp_path):
     with pytest.raises(ValueError, match="--lora_weights .*Found missing adapter keys.*layers.1"):
         run(kit, tmp_path / "out", lora_weights=str(tmp_path / "adapter"))
     assert not (tmp_path / "out").exists()
+
+
+def test_every_part_of_an_adapter_is_trained(kit, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(kit.base, dtype=torch.float32), lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    run(kit, tmp_path / "out", lora_weights=str(tmp_path / "adapter"), total_training_steps=1)
+    before, after = weights(tmp_path), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and any("lora_embedding_A" in name for name in after)
+    assert not [name for name in after if torch.equal(after[name], before[name])]
 
 
 def test_a_base_without_an_end_token_or_a_chat_template_is_refused(kit, tmp_path):
@@ -1760,6 +1788,22 @@ def test_a_base_without_an_end_token_or_a_chat_template_is_refused(kit, tmp_path
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="chat_template|chat template"):
         run(kit, tmp_path / "out", base_model=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config, scale",
+    [(Gemma2Config, {"final_logit_softcapping": 0.1}), (GraniteConfig, {"logits_scaling": 8.0})],
+)
+def test_a_base_that_changes_its_logits_after_the_output_layer_is_refused(kit, tmp_path, config, scale):
+    shape = {"vocab_size": 1024, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    model = AutoModelForCausalLM.from_config(config(**shape, **scale))
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=1.0)
+    shutil.copytree(kit.base, tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="--base_model .*: it caps or scales its logits"):
+        run(kit, tmp_path / "out", base_model=str(tmp_path / "base"), lora_weights="")
     assert not (tmp_path / "out").exists()
 
 

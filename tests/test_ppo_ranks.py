@@ -241,7 +241,7 @@ def test_ctrl_c_says_how_to_go_on(kit, plain, tmp_path):
     process = launch(kit, tmp_path)
     wait_for(tmp_path / "checkpoint-2", process)
     process.send_signal(signal.SIGINT)
-    assert "the same command goes on from the last checkpoint" in finish(process, code=130)
+    assert "the same command, without --overwrite, goes on from the last checkpoint" in finish(process, code=130)
     finish(launch(kit, tmp_path))
     assert curve(tmp_path) == curve(plain)
 

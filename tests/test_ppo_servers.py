@@ -200,6 +200,14 @@ def test_a_server_that_cannot_do_it_is_refused(kit, server, tmp_path, settings, 
     assert not (tmp_path / "checkpoint-1").exists()
 
 
+@pytest.mark.parametrize("answer", ["<html>", {"choices": [{"text": "7", "logprobs": None}]}], ids=str)
+def test_a_server_that_is_no_vllm_or_an_old_one_is_refused(kit, server, tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(Server, "answer", lambda self, path, body: (200, answer))
+    with pytest.raises(ValueError, match="--rollout_urls http.*it answered 200, .*(<html>|choices)"):
+        run(kit, tmp_path, rollout_urls=server().url, **FLAGS)
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
 def test_a_server_with_another_base_is_refused_before_anything_is_trained(kit, server, tmp_path):
     one = server()
     with torch.no_grad():
