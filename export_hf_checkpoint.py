@@ -351,7 +351,7 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
                 raise ValueError(f"{name}: NaN, or numbers too large for {new_dtype}")
         save_file(shard, target / filename, metadata={"format": "pt"})
     if adapted and not changed:
-        raise ValueError(f"the adapter changes nothing: its update of {', '.join(adapted[:3])}, ... is zero")
+        raise ValueError(f"the adapter changes nothing: zero, or too small for {new}, at {', '.join(adapted[:3])}, ...")
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(target / "model.safetensors.index.json", index)

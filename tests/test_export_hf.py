@@ -509,6 +509,10 @@ def test_self_check_reads_the_files(tiny, tmp_path, monkeypatch):
 def test_update_below_the_dtypes_resolution(tiny, tmp_path):
     adapter = copy_adapter(tiny, tmp_path, lambda w: {k: v * 1e-4 if "lora_B" in k else v for k, v in w.items()})
     refused(tmp_path, "--save_dtype float32", **flags_of(tiny, tmp_path, lora_weights=adapter))
+    (tmp_path / "changed").rename(tmp_path / "small")
+    adapter = copy_adapter(tiny, tmp_path, lambda w: {k: v * 1e-9 if "lora_B" in k else v for k, v in w.items()})
+    refused(tmp_path, "too small for torch.bfloat16", **flags_of(tiny, tmp_path, lora_weights=adapter))
+    adapter = str(tmp_path / "small")
     report = export(**flags_of(tiny, tmp_path, lora_weights=adapter), save_dtype="float32")
     assert report["check"]["kl"] < report["check"]["effect"] / 100
 
