@@ -207,12 +207,13 @@ def load_merged(base, lora_weights):
 
     # where the two embeddings are tied, a merge into one must not change the other
     model.lm_head = copy.deepcopy(model.lm_head)
-    saved, model = load_peft_weights(lora_weights), PeftModel.from_pretrained(model, lora_weights)
+    saved = load_peft_weights(lora_weights)
+    model = PeftModel.from_pretrained(model, lora_weights)
     odd = saved.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     odd -= model.state_dict().keys()  # where embeddings are adapted, peft saves the base's own with the adapter
     if odd:
         raise ValueError(f"{len(odd)} tensors of the adapter do not fit: {', '.join(sorted(odd)[:3])}")
-    return model.merge_and_unload(safe_merge=True)
+    return model.merge_and_unload()
 
 
 def add_settings(writer, config):
@@ -323,7 +324,8 @@ def export_gguf(
     # 2. the model, once llama.cpp can read it
     source = adapter if adapter and (adapter / "tokenizer_config.json").exists() else base
     try:
-        config, tokenizer = transformers.AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(source)
         check_config(config)
         kind = transformers.utils.cached_file(base, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
         kind = kind or pre_tokenizer or find_pre_tokenizer(tokenizer.backend_tokenizer)

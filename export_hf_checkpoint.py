@@ -653,7 +653,8 @@ def export(
         scratch = partial / "scratch"
         options = {"use_safetensors": None if allow_pickle else True}
         base, weights = open_model(source, scratch / "base", **options)
-        adapter, adapted = None, []
+        adapter = None
+        adapted = []
         if lora_weights:
             adapter = add_adapter(base, weights, lora_weights)
             adapted = [

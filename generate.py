@@ -519,15 +519,6 @@ def read_batches(log):
     return [json.loads(line) for line in data.split(b"\n")[:-1]]
 
 
-def write_predictions(path, records):
-    """Write records as JSON lines beside `path` and rename the file, so that `path` is never half written."""
-    partial = Path(f"{path}.incomplete")
-    # numbers of numpy and others become floats, half a character (a lone surrogate) its escape
-    lines = [json.dumps(record, ensure_ascii=False, default=float) + "\n" for record in records]
-    partial.write_text("".join(lines), "utf-8", "backslashreplace")
-    partial.replace(path)
-
-
 # -----------------------------------------------------------------------------
 # a page
 
@@ -834,7 +825,11 @@ def generate(
             summary.setdefault(name, {"mean": mean, "standard_error": error})
             label = score if name == "score" else name
             print(f"{label} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
-    write_predictions(out / "predictions.jsonl", items)
+    partial = out / "predictions.jsonl.incomplete"
+    # numbers of numpy and others become floats, half a character (a lone surrogate) its escape
+    lines = [json.dumps(item, ensure_ascii=False, default=float) + "\n" for item in items]
+    partial.write_text("".join(lines), "utf-8", "backslashreplace")
+    partial.replace(out / "predictions.jsonl")
     write_json(out / "summary.json", summary)
     print(f"{summary['cut']:,} cut at --max_new_tokens {max_new_tokens}, {len(items) - len(answers):,} rows left out")
     print(f"wrote {out}/predictions.jsonl and summary.json")
