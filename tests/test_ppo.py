@@ -76,6 +76,10 @@ def nan(data_source, solution_str, ground_truth, extra_info):
     return float("nan")
 
 
+def huge(data_source, solution_str, ground_truth, extra_info):
+    return 1e25
+
+
 def nothing(data_source, solution_str, ground_truth, extra_info):
     return None
 
@@ -1705,6 +1709,7 @@ def test_overlong_prompts_are_left_out_and_counted(kit, tmp_path):
     [
         ("raises", "KeyError.'no such thing'.; the response was '"),
         ("nan", "it returned nan"),
+        ("huge", "it returned 1e.25"),
         ("nothing", "TypeError"),
         ("no_score", "KeyError.'score'"),
         ("two_arguments", "TypeError"),
