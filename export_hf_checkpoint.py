@@ -135,27 +135,20 @@ def write_json(path, value):
     partial.replace(path)
 
 
-def find_base(base_model):
-    """Return the folder or hub id to load --base_model from, once it can be one."""
-    path = local_path(base_model)
-    if path and not (path / "config.json").exists():
-        what = "an adapter" if (path / "adapter_config.json").exists() else "no model"
-        raise ValueError(f"--base_model {base_model}: {what} is in this folder (there is no config.json)")
-    return str(path or base_model)
-
-
 # -----------------------------------------------------------------------------
 # base and adapter
 
 
 def base_folder(base_model, allow_pickle):
     """Return the folder of a base model; what the hub has of it is downloaded."""
-    base = find_base(base_model)
-    if Path(base).is_dir():
-        return Path(base)
+    path = local_path(base_model)
+    if path:
+        if not (path / "config.json").exists():
+            raise ValueError(f"--base_model {base_model}: no model is in this folder (config.json)")
+        return path
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"] + ["pytorch_model*.bin"] * allow_pickle
     try:
-        return Path(snapshot_download(base, allow_patterns=wanted))
+        return Path(snapshot_download(base_model, allow_patterns=wanted))
     except Exception as error:  # the hub client raises dozens of kinds
         raise ValueError(f"--base_model {base_model}: the hub could not give it: {error}") from error
 
@@ -351,7 +344,9 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
                 raise ValueError(f"{name}: NaN, or numbers too large for {new_dtype}")
         save_file(shard, target / filename, metadata={"format": "pt"})
     if adapted and not changed:
-        raise ValueError(f"the adapter changes nothing: zero, or too small for {new}, at {', '.join(adapted[:3])}, ...")
+        raise ValueError(
+            f"the adapter changes nothing: zero, or too small for its dtype, at {', '.join(adapted[:3])}, ..."
+        )
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(target / "model.safetensors.index.json", index)
@@ -483,6 +478,9 @@ def write_modelfile(folder, context):
 
 def model_card(base_model, lora_weights, report):
     """Return README.md of the exported model."""
+    check = "not made"
+    if report["check"]:
+        check = "KL divergence {kl:.2e} nats, largest logit difference {logit_diff:.2e}".format(**report["check"])
     return f"""---
 library_name: transformers
 ---
@@ -495,7 +493,7 @@ library_name: transformers
 | adapter | {lora_weights or "none"} |
 | merged modules | {len(report["merged"])} |
 | dtype | {report["dtype"]} |
-| comparison with base + adapter in float32 | {report["check"]} |
+| comparison with base + adapter in float32 | {check} |
 
 Made by export_hf_checkpoint.py; export.json says more.
 """
@@ -662,13 +660,12 @@ def export(
                 for name, module in base.named_modules()
                 if isinstance(module, PEFT_LAYERS) and hasattr(module, "_hf_hook")  # not those inside of another
             ]
-        untied = [
-            pair[0]
-            for pair in base.all_tied_weights_keys.items()
-            if any(name.rpartition(".")[0] in adapted for name in pair)
-            # both are in the files, and differ: transformers does not tie them either, whatever config.json says
-            or not torch.equal(*(read_tensor(weights.index[name]) for name in pair))
-        ]
+        untied = []
+        for name, other in base.all_tied_weights_keys.items():
+            # where both are in the files and differ, transformers does not tie them, whatever config.json says
+            equal = torch.equal(read_tensor(weights.index[name]), read_tensor(weights.index[other]))
+            if not equal or {name.rpartition(".")[0], other.rpartition(".")[0]} & set(adapted):
+                untied.append(name)
         dtype = getattr(torch, save_dtype) if save_dtype else None
         main_dtype = dtype or base.config.dtype
         dtype_name = str(main_dtype).removeprefix("torch.")

@@ -823,8 +823,9 @@ def generate(
         if isinstance(scores[0][name], int | float):
             mean, error = mean_and_error([one[name] for one in scores])
             summary.setdefault(name, {"mean": mean, "standard_error": error})
-            label = score if name == "score" else name
-            print(f"{label} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
+            print(
+                f"{score if name == 'score' else name} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows"
+            )
     partial = out / "predictions.jsonl.incomplete"
     # numbers of numpy and others become floats, half a character (a lone surrogate) its escape
     lines = [json.dumps(item, ensure_ascii=False, default=float) + "\n" for item in items]

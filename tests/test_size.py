@@ -20,7 +20,7 @@ BUDGETS = {
     "generate.py": 5_200,
     "ppo_gsm8k.py": 9_000,
     "export_hf_checkpoint.py": 4_500,
-    "export_state_dict.py": 2_500,
+    "export_state_dict.py": 2_600,
     "export_gguf.py": 2_200,
     "data/prepare.py": 2_000,
     "data/gsm8k.py": 1_000,
