@@ -345,7 +345,7 @@ def merge_by_shard(base, weights, adapted, untied, target, dtype, max_shard_size
         save_file(shard, target / filename, metadata={"format": "pt"})
     if adapted and not changed:
         raise ValueError(
-            f"the adapter changes nothing: zero, or too small for its dtype, at {', '.join(adapted[:3])}, ..."
+            f"the adapter changes nothing: zero, or too small for {new_dtype}, at {', '.join(adapted[:3])}, ..."
         )
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

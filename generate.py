@@ -766,9 +766,8 @@ def generate(
 
     def image_inputs(paths):
         """Return what the model takes of images."""
-        if not paths:
-            return {}
-        return processor(images=[open_image(path) for path in paths], return_tensors="pt").to(device)
+        opened = [open_image(path) for path in paths]
+        return processor(images=opened, return_tensors="pt").to(device) if opened else {}
 
     def stream(messages, images=images, **changed):
         """Yield the answer to a conversation, as stream_answer does."""
@@ -823,9 +822,8 @@ def generate(
         if isinstance(scores[0][name], int | float):
             mean, error = mean_and_error([one[name] for one in scores])
             summary.setdefault(name, {"mean": mean, "standard_error": error})
-            print(
-                f"{score if name == 'score' else name} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows"
-            )
+            label = score if name == "score" else name
+            print(f"{label} {mean:.2%} +- {math.nan if error is None else error:.2%} of {len(scores):,} rows")
     partial = out / "predictions.jsonl.incomplete"
     # numbers of numpy and others become floats, half a character (a lone surrogate) its escape
     lines = [json.dumps(item, ensure_ascii=False, default=float) + "\n" for item in items]
