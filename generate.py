@@ -706,7 +706,7 @@ def generate(
             else:
                 messages = to_messages(row, separator)
             item["messages"] = messages
-            if messages and messages[-1]["role"] == "assistant":
+            if messages[-1]["role"] == "assistant":
                 item["reference"] = messages.pop()["content"]
             ids = encode_prompt(messages, row_images, tokenizer, processor, max_new_tokens, context)
             number = final_number(item.get("reference", ""), "strict")

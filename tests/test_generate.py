@@ -513,7 +513,7 @@ def test_a_row_that_cannot_be_answered_is_named_and_the_others_are_answered(tmp_
     errors = [row["error"] for row in found if "error" in row]
     for error, what in zip(
         errors,
-        ["data/prepare.py", "empty conversation", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
+        ["data/prepare.py", "not alpaca", "exceed the 1024", "cannot render .*tool", "nothing to compare with"]
         + ["data/prepare.py"],
         strict=True,
     ):
