@@ -365,14 +365,17 @@ def merge_whole(source, lora_weights, target, untied, dtype, max_shard_size, **o
 
 
 def quantize_model(source, target, method, max_shard_size):
-    """Write the model in `source` quantized, by bitsandbytes (nf4) or compressed-tensors (fp8, int8)."""
+    """Write the model in `source` quantized, by bitsandbytes (nf4) or compressed-tensors (fp8, int8).
+
+    The output embedding and the vision tower stay as they are.
+    """
     if method == "nf4":
         settings = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["lm_head"],
+            llm_int8_skip_modules=["lm_head", "visual", "model.visual"],  # as vLLM and as transformers call it
         )
         load_model(source, quantization_config=settings).save_pretrained(target, max_shard_size=max_shard_size)
         return
@@ -382,13 +385,16 @@ def quantize_model(source, target, method, max_shard_size):
 
     model = load_model(source, dtype="auto")
     scheme = preset_name_to_scheme({"fp8": "FP8_DYNAMIC", "int8": "INT8"}[method], ["Linear"])
-    settings = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    # weights are restored when the whole model runs, but transformers' generate() runs the vision tower before that
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head", "re:.*visual.*"])
     apply_quantization_config(model, settings, show_progress=False)
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):  # one scale a row
-            low, high = module.weight.aminmax(dim=1, keepdim=True)
-            module.weight_scale.data = calculate_qparams(low, high, scheme.weights)[0]
+            extremes = module.weight.aminmax(dim=1, keepdim=True)
+            module.weight_scale.data = calculate_qparams(*extremes, scheme.weights)[0]
     compressor = ModelCompressor.from_pretrained_model(model)
+    # its own list has the names of the files, which transformers does not match with its modules'
+    compressor.quantization_config.ignore = settings.ignore
     compressor.compress_model(model)
     model.save_pretrained(target, max_shard_size=max_shard_size)
     compressor.update_config(target)
@@ -545,7 +551,10 @@ def compare(reference, other):
 
 
 def self_check(model, adapter, folder, scratch, quantize):
-    """Compare what is in `folder` with base + adapter: the same prompts, in float32, from the files on disk."""
+    """Compare what is in `folder` with base + adapter: the same prompts, from the files on disk.
+
+    In float32; a quantized model in the dtype of the rest of its weights.
+    """
     ids = check_prompts(folder, model.config.get_text_config().vocab_size)
     picture = image_prompt(folder, model.config)
     reference, effect = logits_of(model, ids, picture), None
@@ -553,7 +562,7 @@ def self_check(model, adapter, folder, scratch, quantize):
         with adapter.disable_adapter():
             effect = compare(reference, logits_of(model, ids, picture))["kl"]
     if quantize:
-        written = load_model(folder, dtype=torch.float32)
+        written = load_model(folder, dtype="auto")
     else:
         written, _ = open_model(folder, scratch / "written")
     return compare(reference, logits_of(written, ids, picture)) | {"effect": effect}
@@ -683,8 +692,7 @@ def export(
         write_json(merged / "config.json", settings)
         if quantize:
             quantize_model(merged, partial, quantize, max_shard_size)
-            made = read_json(partial / "config.json")
-            write_json(partial / "config.json", settings | {"quantization_config": made["quantization_config"]})
+            write_json(partial / "config.json", read_json(partial / "config.json") | settings)
         write_companions(source, lora_weights, partial, base.config)
         if not quantize and type(base).__name__ in OLLAMA:
             write_modelfile(partial, base.config.max_position_embeddings)

@@ -19,13 +19,22 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 import export_hf_checkpoint as script
 from export_hf_checkpoint import export
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "data" / "tiny" / "model"
+VL = ROOT / "data" / "tiny_vl" / "model"
 SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128}
 CONFIGS = {
@@ -258,7 +267,7 @@ def test_quantized_files_load(kind, tiny, tmp_path):
     assert weight.dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}[kind]
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == set(stored)
-    ids, model = script.check_prompts(out, 1024), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids, model = script.check_prompts(out, 1024), AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     expected = logits(with_adapter(BASE, tiny[0]), ids)
     got, base = kl(expected, logits(model, ids)), kl(expected, logits(load(BASE), ids))
     assert report["check"]["kl"] == pytest.approx(got, rel=0.05) and got < base / 3
@@ -267,6 +276,16 @@ def test_quantized_files_load(kind, tiny, tmp_path):
     assert config["quantization_config"]["quant_method"] == method and config["rope_theta"] == 10000.0
     # Ollama reads none of these, and nothing of the work in between is left
     assert not (out / "Modelfile").exists() and not [path for path in out.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_quantized_files_of_a_vision_language_model_read_an_image(kind, tmp_path):
+    report = export(base_model=str(VL), output_dir=str(tmp_path / "out"), quantize=kind)
+    assert report["check"]["kl"] < script.MAX_KL[kind]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    inputs = script.image_prompt(tmp_path / "out", model.config)
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)  # the vision tower runs first
+    assert ids.shape[1] > inputs["input_ids"].shape[1]
 
 
 def flags_of(tiny, tmp_path, **more):
