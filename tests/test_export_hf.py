@@ -282,6 +282,9 @@ def test_quantized_files_load(kind, tiny, tmp_path):
 def test_quantized_files_of_a_vision_language_model_read_an_image(kind, tmp_path):
     report = export(base_model=str(VL), output_dir=str(tmp_path / "out"), quantize=kind)
     assert report["check"]["kl"] < script.MAX_KL[kind]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {stored[name].dtype for name in stored if "visual" in name} == {torch.bfloat16}
+    assert {stored[name].itemsize for name in stored if name.endswith("mlp.down_proj.weight")} == {1}
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
     inputs = script.image_prompt(tmp_path / "out", model.config)
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)  # the vision tower runs first
